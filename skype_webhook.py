@@ -1,0 +1,1883 @@
+#!/usr/bin/env python3
+"""Receive Skype Interviews webhooks: HTTPS in, verified events out, one durable JSONL line each.
+
+    python3 skype_webhook.py --cert cert.pem --key key.pem      serve
+    python3 skype_webhook.py demo                               try it, with nothing but this file
+    python3 skype_webhook.py send URL                           sign and deliver a sample event
+
+The promise: 200 means that the event is on disk, once. The path of one request goes down once and
+back once:
+
+    accept            Receiver: TCP only; a place is found or made
+      thread          Receiver: deadline set, TLS handshake
+      head            Handler: strict framing, bounded; then the token (checks 1 to 3)
+      body            Handler: read only now; then check 4
+      pure            parse_event -> format_line                or Rejected -> 4xx, from any of the above
+      disk            Journal.append: returns when durable      or JournalError -> 503
+      reply           200; nothing answers 2xx before this line
+"""
+from __future__ import annotations
+
+import argparse
+import base64
+import concurrent.futures
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import hmac
+import http.client
+import http.server
+import ipaddress
+import json
+import json.encoder
+import math
+import os
+import pathlib
+import re
+import secrets
+import selectors
+import signal
+import socket
+import socketserver
+import ssl
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import urllib.parse
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta, timezone
+from email.utils import formatdate
+from functools import lru_cache
+from http import HTTPStatus
+from typing import Any, NamedTuple, NoReturn
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock on the log
+    fcntl = None  # type: ignore[assignment]  # the module is looked up, not assumed
+
+__version__ = "1.0"
+
+# --- Limits: each with its unit and its reason ---
+
+TOKEN_LIMIT = 8 * 1024            # bytes; the documented token has about 400
+TARGET_LIMIT = 8 * 1024           # bytes; what RFC 9112 section 3 recommends to support
+HEAD_LIMIT = 16 * 1024            # bytes, request line to the last CRLF: twice the longest token
+FIELD_LIMIT = 64                  # header fields; a proxy's additions included, a request has about ten
+CHUNK_LINE_LIMIT = 8 * 1024       # bytes; chunk extensions are dropped, so nobody needs more
+DEPTH_LIMIT = 64                  # JSON containers; the documented event has two
+RECENT_IDS = 65_536               # ids remembered; far more than arrive within a token's ten seconds
+RECENT_BYTES = 64 * 2**20         # bytes read back at start, whatever the size of the log
+BACKLOG_BYTES = 64 * 2**20        # bytes that may wait for a stalled disk
+STORE_SECONDS = 20.0              # the sender waits 30 s for its answer
+DRAIN_SECONDS = 3.0               # how long a refused peer may go on sending before it is cut off
+DRAIN_BYTES = 8 * 2**20           # and how much
+STOP_SECONDS = 12.0               # for answers after SIGTERM; the exit is due within 15 s
+STOP_GRACE = 1.0                  # of which senders may use that much to finish what they have begun
+LOOK_SECONDS = 2.0                # between two looks at the certificate's files
+CLOCK_HINT = 300.0                # seconds; a token this near its time was refused for a wrong clock
+READ_SIZE = 16 * 1024             # bytes; one TLS record
+BACKLOG = 1024                    # connections the kernel keeps for us while we accept
+
+STAGES = {
+    "InterviewCreated": "a recruiter created the interview",
+    "InterviewCanceled": "the recruiter canceled the interview",
+    "InterviewArchived": "the recruiter archived the interview",
+    "SchedulingTime": "candidate or interviewer is asked to propose or select a time",
+    "SchedulingFailed": "an error occurred during scheduling",
+    "SchedulingCompleted": "the interview has been scheduled",
+    "InterviewStarted": "the interview started, at least two participants joined",
+    "InterviewFailed": "an error occurred during the interview",
+    "InterviewCompleted": "a participant ended the interview",
+    "FeedbackCollecting": "the interview ended and awaits the interviewer's feedback",
+    "FeedbackFailed": "an error occurred while the feedback was submitted",
+    "FeedbackCompleted": "the interviewer submitted feedback",
+}
+
+
+# --- Errors: each knows its answer ---
+
+
+class Rejected(Exception):
+    """A request that is answered with an error: `status` (HTTP), `detail` (one ASCII sentence, safe to show)."""
+
+    def __init__(self, status: int, detail: str, *fields: tuple[str, str]) -> None:
+        super().__init__(f"{status}: {detail}")
+        self.status = status
+        self.detail = detail
+        self.fields = fields
+
+
+class JournalError(Exception):
+    """An event that could not be stored, or not in time; the text says why."""
+
+
+class SettingsError(Exception):
+    """A wrong setting, in one line that says what to do. Ends the start with exit code 2."""
+
+
+# --- JSON, strictly: pure ---
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a member name stands twice")
+    return members
+
+
+# Numbers of a body are never used, so float() takes them: int() raises on 4,300 digits and more.
+_BODY = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=float)
+_TOKEN = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique)
+_encode_text = json.encoder.encode_basestring
+
+
+def _decode_object(data: bytes, decoder: json.JSONDecoder) -> dict[str, Any]:
+    """Return the JSON object in `data` (UTF-8, RFC 8259); raise ValueError for all that is not one."""
+    try:
+        value = decoder.decode(data.decode("utf-8"))  # json.loads(bytes) would take UTF-16 and UTF-32
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError("it is not an object")
+    return value
+
+
+# --- Verification: pure (bytes and a clock reading in, claims or Rejected out) ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Credential:
+    """What the service's API settings page shows: the key (a GUID, the token's issuer) and its secret."""
+
+    api_key: str
+    api_secret: bytes = dataclasses.field(repr=False)
+
+
+_JWS = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
+_SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
+
+
+def _invalid_token(detail: str) -> Rejected:
+    """Return the refusal of a token (RFC 6750 section 3); `detail` has no quote and no backslash."""
+    return Rejected(401, detail, ("WWW-Authenticate", f'Bearer error="invalid_token", error_description="{detail}"'))
+
+
+def _base64url(data: bytes) -> bytes:
+    return base64.urlsafe_b64encode(data).rstrip(b"=")
+
+
+def _decode_segment(segment: bytes, name: str) -> dict[str, Any]:
+    """Return the JSON object in one segment of a token (RFC 7515); raise Rejected."""
+    try:
+        data = base64.urlsafe_b64decode(segment + b"=" * (-len(segment) % 4))
+        if _base64url(data) != segment:  # b64decode takes spare bits in the tail
+            raise ValueError("not canonical base64url")
+        return _decode_object(data, _TOKEN)
+    except ValueError:
+        raise _invalid_token(f"signature: the token's {name} is not a JSON object in base64url") from None
+
+
+@lru_cache(maxsize=16)  # every token of a sender has the same header; only signed ones come here
+def _check_header(segment: bytes) -> None:
+    header = _decode_segment(segment, "header")
+    if header.get("alg") != "HS256":
+        raise _invalid_token("signature: the token's alg is not HS256")
+    if "crit" in header:  # RFC 7515 section 4.1.11: not understood, so refused
+        raise _invalid_token("signature: the token has critical header parameters, and none is supported")
+
+
+def _numeric_date(claims: dict[str, Any], name: str) -> float:
+    """Return a NumericDate (RFC 7519 section 2) in Unix seconds; the vendor's .NET sample writes milliseconds as text."""
+    value = claims.get(name)
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _invalid_token(f"time: the token's {name} is missing or not a number")
+    try:
+        seconds = float(value)
+    except OverflowError:
+        seconds = math.inf
+    if not math.isfinite(seconds):
+        raise _invalid_token(f"time: the token's {name} is not a finite number")
+    return seconds / 1000 if seconds >= 1e11 else seconds
+
+
+def _check_time(claims: dict[str, Any], now: float, leeway: float) -> None:
+    """Check 3: iat - leeway < now < exp + leeway, and nbf as iat; the refusal gives the seconds."""
+    issued, expires = _numeric_date(claims, "iat"), _numeric_date(claims, "exp")
+    begins = [("iat", issued)] + ([("nbf", _numeric_date(claims, "nbf"))] if "nbf" in claims else [])
+    late = now - (expires + leeway)
+    failed = [f"the token expired {late + leeway:.1f} s ago by its exp, {late:.1f} s more than the leeway of {leeway:g} s allows"
+              ] if late >= 0 else []
+    early = [(start - leeway - now, name) for name, start in begins if start - leeway >= now]
+    failed += [f"the token begins in {by + leeway:.1f} s by its {name}, {by:.1f} s more than the leeway of {leeway:g} s allows"
+               for by, name in early]
+    if failed:
+        by = max([late, *(by for by, _ in early)])
+        hint = "; check that the clocks of sender and receiver are right (NTP)" if by < CLOCK_HINT else ""
+        raise _invalid_token(f"time: {failed[0]}{hint}")
+
+
+def verify_token(authorization: str | None, credentials: Sequence[Credential], now: float, leeway: float) -> dict[str, Any]:
+    """Checks 1 to 3, for which no body is needed: return the claims, or raise Rejected(401)."""
+    if authorization is None:
+        raise Rejected(401, "there is no Authorization field; a signed Bearer token is needed", ("WWW-Authenticate", "Bearer"))
+    scheme, _, token = authorization.partition(" ")
+    token = token.lstrip(" ")
+    if scheme.lower() != "bearer":
+        raise _invalid_token("Authorization is not one Bearer token")
+    if len(token) > TOKEN_LIMIT:
+        raise _invalid_token(f"signature: the token is longer than {TOKEN_LIMIT} bytes")
+    if not _JWS.fullmatch(token):
+        raise _invalid_token("signature: the token is not three base64url segments")
+    signed, _, signature = token.encode("ascii").rpartition(b".")
+    # The encoded signatures are compared, as bytes: compare_digest raises on non-ASCII text.
+    signers = [credential for credential in credentials if credential.api_secret and hmac.compare_digest(
+        _base64url(hmac.digest(credential.api_secret, signed, "sha256")), signature)]
+    if not signers:
+        raise _invalid_token("signature: it does not match; is the API secret the one of the API settings page?")
+    header, _, payload = signed.partition(b".")
+    _check_header(header)
+    claims = _decode_segment(payload, "payload")
+    issuer = claims.get("iss")
+    if not isinstance(issuer, str) or not any(issuer == credential.api_key for credential in signers):
+        raise _invalid_token("issuer: the token's iss is not the API key")
+    _check_time(claims, now, leeway)
+    return claims
+
+
+def verify_body(claims: dict[str, Any], body: bytes) -> str:
+    """Check 4: return the event's id, the body's SHA-256 in lower-case hex, or raise Rejected(401)."""
+    digest, subject = hashlib.sha256(body), claims.get("sub")
+    if not isinstance(subject, str) or not _SHA256.fullmatch(subject):
+        raise _invalid_token("body: the token's sub is not a SHA-256 in hex")
+    if not hmac.compare_digest(bytes.fromhex(subject), digest.digest()):
+        raise _invalid_token(f"body: the SHA-256 of the {len(body)} bytes received is not the token's sub")
+    return digest.hexdigest()
+
+
+def verify(authorization: str | None, body: bytes, credentials: Sequence[Credential],
+           now: float, leeway: float = 1.0) -> dict[str, Any]:
+    """Make the four checks of the service's page; return the claims, or raise Rejected(401).
+
+    `authorization` is the field's value, `now` is in Unix seconds, `leeway` in seconds.
+    Source: Skype Interviews, Webhooks, "Verify the webhook request"; RFC 7515, 7519, 6750.
+    """
+    claims = verify_token(authorization, credentials, now, leeway)
+    verify_body(claims, body)
+    return claims
+
+
+def sign(body: bytes, credential: Credential, now: float) -> str:
+    """Return the token of one delivery, as the service's getting-started page describes it: it lives ten seconds."""
+    claims = {"jti": str(uuid.uuid4()), "iss": credential.api_key, "sub": hashlib.sha256(body).hexdigest(),
+              "exp": int(now) + 10, "iat": int(now)}
+    signed = _base64url(b'{"alg":"HS256","typ":"JWT"}') + b"." + _base64url(json.dumps(claims).encode())
+    return (signed + b"." + _base64url(hmac.digest(credential.api_secret, signed, "sha256"))).decode()
+
+
+# --- Events and lines: pure (a verified body in, one line of the log out) ---
+
+
+class Event(NamedTuple):
+    """What the envelope and the operator's line need of a body; `warnings` names what is not as documented."""
+
+    type: str
+    subject: str | None
+    time: str | None
+    stage: str | None
+    as_base64: bool
+    warnings: tuple[str, ...]
+
+
+_WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_NOT_STRING = re.compile(  # what CloudEvents 1.0 excludes from its String: controls, surrogates, noncharacters
+    "[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef" + "".join(chr(p * 0x10000 + n) for p in range(17) for n in (0xFFFE, 0xFFFF)) + "]")
+_BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|([\[{])|[\]}]', re.DOTALL)
+_ESCAPES = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F])|\\.", re.DOTALL)
+_RFC3339 = re.compile(r"(\d{4}-\d\d-\d\d)[Tt](\d\d:\d\d):(\d\d)(?:\.(\d+))?(?:[Zz]|([+-])(\d\d):(\d\d))", re.ASCII)
+_EPOCH = datetime(1970, 1, 1)
+
+
+def parse_time(text: str) -> int:
+    """Return an RFC 3339 time as nanoseconds since 1970 (UTC); raise ValueError."""
+    match = _RFC3339.fullmatch(text)
+    if not match:
+        raise ValueError("not an RFC 3339 time")
+    day, minute, second, fraction, sign_, hours, minutes = match.groups()
+    if int(second) > 60 or int(hours or 0) > 23 or int(minutes or 0) > 59:
+        raise ValueError("not an RFC 3339 time")
+    moment = datetime.fromisoformat(f"{day}T{minute}") - _EPOCH
+    offset = timedelta(hours=int(hours or 0), minutes=int(minutes or 0)) * (-1 if sign_ == "-" else 1)
+    seconds = (moment - offset) // timedelta(seconds=1) + int(second)
+    return seconds * 10**9 + int(((fraction or "") + "0" * 9)[:9])
+
+
+def _depth(body: bytes) -> int:
+    """Return how deep the containers of valid JSON are nested."""
+    deepest = level = 0
+    for match in _BRACKETS.finditer(body):
+        if match[1]:
+            level += 1
+            deepest = max(deepest, level)
+        elif match[0] in b"]}":
+            level -= 1
+    return deepest
+
+
+def _text(value: object) -> str | None:
+    """Return a non-empty CloudEvents String, or None for all else."""
+    return value if isinstance(value, str) and value and not _NOT_STRING.search(value) else None
+
+
+def _stage(fields: dict[str, Any], name: str, warnings: list[str]) -> str | None:
+    stage = fields.get(name)
+    value = stage.get("value") if isinstance(stage, dict) else None
+    if not isinstance(value, str):
+        warnings.append(f"{name}.value is missing")
+        return None
+    if value not in STAGES:
+        warnings.append(f"{name}.value {value[:80]!r} is not a documented stage")
+    return value
+
+
+def parse_event(body: bytes) -> Event:
+    """Return the event in a verified body; raise Rejected(400) if it is not strict JSON, an object, at most 64 deep."""
+    try:
+        fields = _decode_object(body, _BODY)
+    except ValueError as error:
+        reason = str(error) if str(error).isascii() and not isinstance(error, UnicodeError) else "it is not UTF-8"
+        raise Rejected(400, f"the body is not an event: {reason}") from None
+    if body.count(b"{") + body.count(b"[") > DEPTH_LIMIT and _depth(body) > DEPTH_LIMIT:
+        raise Rejected(400, f"the body is not an event: it is nested deeper than {DEPTH_LIMIT} containers")
+    warnings: list[str] = []
+    kind, subject, sent = fields.get("event"), _text(fields.get("interviewCode")), fields.get("timestamp")
+    if not isinstance(kind, str) or not _WORD.fullmatch(kind):
+        warnings.append("event is missing or not a plain word")
+        kind = "unknown"
+    if subject is None:
+        warnings.append("interviewCode is missing or not plain text")
+    try:
+        parse_time(sent) if isinstance(sent, str) else parse_time("")
+    except ValueError:
+        warnings.append("timestamp is missing or not an RFC 3339 time")
+        sent = None
+    _stage(fields, "previousStage", warnings)
+    stage = _stage(fields, "currentStage", warnings)
+    lone = b"\\" in body and any(match[1] for match in _ESCAPES.finditer(body))
+    return Event(f"com.skype.interviews.{kind}", subject, sent, stage, lone, tuple(warnings))
+
+
+_LINE_BREAKS = bytes.maketrans(b"\r\n", b"  ")
+_LINE_START = b'{"specversion":"1.0","id":"'
+_ID = slice(len(_LINE_START), len(_LINE_START) + 64)
+
+
+def format_line(event: Event, body: bytes, recorded: float) -> bytes:
+    """Return the event's line: one CloudEvents 1.0 event in JSON, UTF-8, ended by one newline.
+
+    `recorded` is in Unix seconds. `data` is the body byte for byte; raw CR and LF, which JSON has between
+    tokens only, become spaces. jq and DuckDB stop at an unpaired surrogate escape: such a body is `data_base64`.
+    """
+    when = datetime.fromtimestamp(recorded, timezone.utc).isoformat(timespec="microseconds")[:-6]
+    head = (f'"{hashlib.sha256(body).hexdigest()}","source":"https://interviews.skype.com","type":"{event.type}"'
+            + (f',"subject":{_encode_text(event.subject)}' if event.subject is not None else "")
+            + (f',"time":"{event.time}"' if event.time is not None else "")
+            + f',"recordedtime":"{when}Z","datacontenttype":"application/json",')
+    data = (b'"data_base64":"' + base64.b64encode(body) + b'"' if event.as_base64
+            else b'"data":' + body.translate(_LINE_BREAKS))
+    return b"".join((_LINE_START[:-1], head.encode(), data, b"}\n"))
+
+
+# --- The operator's line: stderr only ---
+
+
+def printable(text: str) -> str:
+    """Return `text` with all that could move a cursor or hide text (controls, bidi marks) escaped."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def tell(message: str) -> None:
+    """Write one line to stderr, in one write and without a lock: `logging` costs 7 us a line more."""
+    now = time.time()
+    line = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now * 1000) % 1000:03d}Z {printable(message)}\n"
+    with contextlib.suppress(OSError):  # a closed stderr must not cost an event
+        os.write(2, line.encode("utf-8", "backslashreplace"))
+
+
+# --- The journal: disk only ---
+
+
+class _Entry:
+    """One line on its way to the disk. `settled` is locked until the line's fate is known."""
+
+    __slots__ = ("error", "event_id", "line", "settled")
+
+    def __init__(self, event_id: str, line: bytes) -> None:
+        self.event_id, self.line = event_id, line
+        self.error: str | None = None
+        self.settled = threading.Lock()
+        self.settled.acquire()
+
+
+_sync: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
+SEAL_BLOCK = 4096  # bytes; a page is written whole or not at all when the process is killed
+
+
+class Journal:
+    """The owner of the log file.
+
+    How group commit works: `append` puts its line into `_pending` and sleeps. One thread takes all that is
+    pending, writes it by one write, syncs, and wakes every append of that batch; what arrives meanwhile is the
+    next batch. A thread of its own, so that a stalled sync cannot keep an append from giving up in time.
+
+    How a torn tail is sealed: bytes that are no whole line (a crash, a short write) are overwritten with spaces,
+    last page first, so that a kill half-way leaves a torn tail again and never a broken line; then a newline
+    ends them. `tail -F` prints the whole file again after a truncation, and glues lines without the newline.
+
+    `_lock` guards `_pending`, `_unsettled`, `_recent` and the flags; it is never held while the disk works.
+    `_wake` (on the same lock) wakes the thread when something is pending or the journal closes.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self.on_final: Callable[[], None] = lambda: None  # called when a sync failed: the process has to end
+        self.sealed = 0                                   # bytes of a torn tail found at the start
+        self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)
+        self._pending: list[_Entry] = []
+        self._pending_bytes = 0
+        self._unsettled: dict[str, _Entry] = {}
+        self._recent: set[str] = set()
+        self._order: deque[str] = deque()
+        self._failing: str | None = None
+        self.final: str | None = None                     # why the process has to end: a sync failed
+        self._closing = False
+        self._file = self._identity = None  # type: Any
+        self._appender = -1
+        self._seal_from: int | None = None
+        try:
+            self._open()
+        except OSError as error:
+            self._release()
+            raise JournalError(f"{error.strerror or error}") from None
+        except BaseException:
+            self._release()
+            raise
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def append(self, event_id: str, line: bytes) -> bool:
+        """Return True once `line` is durable, False if `event_id` already was; raise JournalError, at the latest after 20 s."""
+        with self._lock:
+            if event_id in self._recent:
+                return False
+            entry = self._unsettled.get(event_id)
+            first = entry is None
+            if entry is None:
+                if self.final or self._closing:
+                    raise JournalError(self.final or "the log is closed")
+                if self._pending_bytes > BACKLOG_BYTES:
+                    raise JournalError("the disk has stalled, and too much waits for it")
+                entry = self._unsettled[event_id] = _Entry(event_id, line)
+                self._pending.append(entry)
+                self._pending_bytes += len(line)
+                self._wake.notify()
+        if not entry.settled.acquire(timeout=STORE_SECONDS):
+            self._failing = f"the disk did not take it within {STORE_SECONDS:g} s"
+            raise JournalError(self._failing)
+        entry.settled.release()  # for one more append of the same id
+        if entry.error:
+            raise JournalError(entry.error)
+        return first
+
+    def check(self) -> None:
+        """Raise JournalError while the log cannot be written; after a failure, try again with a blank line."""
+        if self.final:
+            raise JournalError(self.final)
+        if self._failing:
+            self.append("", b"\n")
+
+    def close(self) -> None:
+        """Write and sync what is pending, then let the file go."""
+        with self._lock:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join(STORE_SECONDS)
+        if not self._thread.is_alive():
+            self._release()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                while not self._pending and not self._closing:
+                    self._wake.wait()
+                batch, self._pending, self._pending_bytes = self._pending, [], 0
+            if not batch:
+                return
+            error = self.final or self._commit(b"".join([entry.line for entry in batch]))
+            with self._lock:
+                self._failing = error
+                for entry in batch:
+                    del self._unsettled[entry.event_id]
+                    if error is None and entry.event_id:
+                        self._remember(entry.event_id)
+            for entry in batch:
+                entry.error = error
+                entry.settled.release()
+            if self.final:
+                self.on_final()
+
+    def _commit(self, data: bytes) -> str | None:
+        """Write and sync one batch; return None, or why none of its lines counts."""
+        written = 0
+        try:
+            self._follow()
+            self._seal()
+            written = os.write(self._appender, data)
+            if written < len(data):
+                raise OSError(errno.ENOSPC, f"only {written} of {len(data)} bytes were written")
+        except OSError as error:
+            self._take_back(written)
+            return f"{self.path}: {error.strerror or error}"
+        except JournalError as error:
+            return f"{self.path}: {error}"
+        try:
+            _sync(self._appender)
+        except OSError as error:  # the kernel may have dropped the pages: a second sync would lie
+            self.final = f"{self.path}: sync: {error.strerror or error}"
+            self._take_back(written)
+            return self.final
+        return None
+
+    def _take_back(self, written: int) -> None:
+        """Blank the last `written` bytes; what cannot be done now is done before the next batch."""
+        if written:
+            with contextlib.suppress(OSError):
+                self._seal_from = self._file.seek(0, os.SEEK_END) - written
+                self._seal()
+
+    def _seal(self) -> None:
+        start = self._seal_from
+        if start is None:
+            return
+        size = end = self._file.seek(0, os.SEEK_END)
+        while end > start:
+            begin = max(start, (end - 1) // SEAL_BLOCK * SEAL_BLOCK)
+            self._file.seek(begin)
+            if self._file.write(b" " * (end - begin)) != end - begin:
+                raise OSError(errno.EIO, "a torn line could not be blanked")
+            end = begin
+        if size > start and os.write(self._appender, b"\n") != 1:
+            raise OSError(errno.ENOSPC, "a torn line could not be ended")
+        _sync(self._appender)
+        self._seal_from = None
+
+    def _follow(self) -> None:
+        """Open the path anew if it is no longer our file: renamed (logrotate), removed, or failed before."""
+        try:
+            now: os.stat_result | None = os.stat(self.path)
+        except FileNotFoundError:
+            now = None
+        if now is None or (now.st_dev, now.st_ino) != self._identity:
+            self._release()
+            self._open()
+
+    def _open(self) -> None:
+        created = not os.path.lexists(self.path)
+        if not created and not stat.S_ISREG(os.stat(self.path).st_mode):  # before open: a FIFO would block
+            raise JournalError("it is not a regular file")
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+        self._appender = os.open(self.path, flags, 0o600)
+        status = os.fstat(self._appender)
+        if not stat.S_ISREG(status.st_mode):
+            raise JournalError("it is not a regular file")
+        if fcntl:
+            try:
+                fcntl.flock(self._appender, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise JournalError("another process has it open and locked; stop that one, or choose another log") from None
+        self._file = open(self.path, "r+b", buffering=0)  # Linux appends even a pwrite to an O_APPEND file
+        self._identity = (status.st_dev, status.st_ino)
+        if created and hasattr(os, "O_DIRECTORY"):
+            folder = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        self._find_tail()
+        self._seal()
+        self._read_back()
+        _sync(self._appender)  # what a crash left unsynced must be durable before it is called a duplicate
+
+    def _find_tail(self) -> None:
+        """Set `_seal_from` if bytes stand after the last newline; a whole event only gets its newline."""
+        size = start = self._file.seek(0, os.SEEK_END)
+        tail = b""
+        while start and b"\n" not in tail:
+            start = max(0, start - READ_SIZE if len(tail) < READ_SIZE else start - len(tail))
+            self._file.seek(start)
+            tail = self._read(size - start)
+            if len(tail) > RECENT_BYTES and b"\n" not in tail:
+                raise JournalError("its last line is longer than any event; is it a log of this program?")
+        tail = tail[tail.rfind(b"\n") + 1:]
+        if not tail:
+            self._seal_from = None
+            return
+        self._seal_from = size - len(tail)
+        with contextlib.suppress(ValueError):
+            if tail.startswith(_LINE_START) and _decode_object(tail, _BODY):
+                self._seal_from = size
+                os.write(self._appender, b"\n")
+        self.sealed = len(tail)
+
+    def _read(self, count: int) -> bytes:
+        parts = []
+        while count and (part := self._file.read(count)):
+            parts.append(part)
+            count -= len(part)
+        return b"".join(parts)
+
+    def _read_back(self) -> None:
+        """Remember the ids at the end of the file; the oldest last, so that they are forgotten first."""
+        start, rest, ids = self._file.seek(0, os.SEEK_END), b"", []  # type: int, bytes, list[str]
+        limit = max(0, start - RECENT_BYTES)
+        while start > limit and len(ids) < RECENT_IDS:
+            end, start = start, max(limit, start - 2**20)
+            self._file.seek(start)
+            lines = (self._read(end - start) + rest).split(b"\n")
+            rest = lines[0][:_ID.stop]  # an id stands at a fixed place, so the start of a cut line is enough
+            whole = lines if start == 0 else lines[1:]
+            ids += [line[_ID].decode("ascii", "replace") for line in reversed(whole) if line.startswith(_LINE_START)]
+        for event_id in reversed(ids[:RECENT_IDS]):
+            self._remember(event_id)
+
+    def _remember(self, event_id: str) -> None:
+        if event_id in self._recent:
+            return
+        if len(self._order) >= RECENT_IDS:
+            self._recent.discard(self._order.popleft())
+        self._recent.add(event_id)
+        self._order.append(event_id)
+
+    def _release(self) -> None:
+        self._identity = None
+        if self._file:
+            self._file.close()
+            self._file = None
+        if self._appender >= 0:
+            os.close(self._appender)
+            self._appender = -1
+
+
+# --- HTTP, strictly: pure (the bytes of a head in, its parts or Rejected out) ---
+
+_TOKEN_CHARS = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_REQUEST_LINE = re.compile(rb"(" + _TOKEN_CHARS + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")
+_FIELD_LINE = re.compile(_TOKEN_CHARS + rb":[\t -~\x80-\xff]*")  # no space before the colon, no fold, no bare CR, LF or NUL
+_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+;=-]*)(?::[0-9]*)?")
+_PATH = re.compile(r"(?:https?://[^/?#]+)?([^?]*)", re.IGNORECASE)
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)(?:[ \t]*;[\t -~\x80-\xff]*)?")
+_BARE = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|\x00")
+CHUNKED = -1
+
+
+class Head(NamedTuple):
+    """A request head: `length` of the body in bytes, CHUNKED, or None where none was announced."""
+
+    method: str
+    path: str
+    minor: int
+    fields: dict[str, str]
+    length: int | None
+
+    def persistent(self) -> bool:
+        """Tell whether the sender wants to keep the connection (RFC 9112 section 9.3)."""
+        options = [option.strip() for option in self.fields.get("connection", "").lower().split(",")]
+        return "close" not in options and (self.minor > 0 or "keep-alive" in options)
+
+
+def _parse_fields(lines: list[bytes]) -> dict[str, str]:
+    """Return field values by lower-case name; repeated ones are joined by ", " (RFC 9110 section 5.3),
+    which no field that may stand only once can hold, so that the check of its value refuses it."""
+    if len(lines) > FIELD_LIMIT:
+        raise Rejected(431, f"there are more than {FIELD_LIMIT} header fields")
+    fields: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        if not _FIELD_LINE.fullmatch(line):
+            raise Rejected(400, f"header line {number} is not a field (RFC 9112 section 5)")
+        name, _, value = line.decode("latin-1").partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    return fields
+
+
+def _body_length(fields: dict[str, str], minor: int) -> int | None:
+    """Return the length of the body (RFC 9112 section 6.3), as in `Head`; raise Rejected where two readings are possible."""
+    coding, length = fields.get("transfer-encoding"), fields.get("content-length")
+    if coding is not None:
+        if length is not None:
+            raise Rejected(400, "Content-Length and Transfer-Encoding stand together")
+        if minor == 0:
+            raise Rejected(400, "HTTP/1.0 has no Transfer-Encoding")
+        if coding.lower() != "chunked":
+            raise Rejected(501, "the only transfer coding known here is one chunked")
+        return CHUNKED
+    if length is None:
+        return None
+    if not (length.isascii() and length.isdigit()):  # int() would take 1_0 and +5
+        raise Rejected(400, "Content-Length is not one decimal number")
+    digits = length.lstrip("0")
+    return int(digits or "0") if len(digits) < 19 else sys.maxsize
+
+
+def _parse_request_line(line: bytes) -> tuple[str, str, int]:
+    """Return method, path and minor version (RFC 9112 section 3)."""
+    words = line.split(b" ")
+    if len(words) > 1 and len(words[1]) > TARGET_LIMIT:
+        raise Rejected(414, f"the request target is longer than {TARGET_LIMIT} bytes")
+    match = _REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise Rejected(400, "the request line is not METHOD SP target SP HTTP/1.1 (RFC 9112 section 3)")
+    method, target, major, minor = match.groups()
+    if major != b"1":
+        raise Rejected(505 if major >= b"2" else 400, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+    path = _PATH.match(target.decode("ascii"))
+    return method.decode("ascii"), path and path[1] or "/", min(int(minor), 1)
+
+
+def parse_head(data: bytes) -> Head:
+    """Parse a request head, without the CRLF of its last line and the empty line (RFC 9112); raise Rejected."""
+    lines = data.split(b"\r\n")
+    method, path, minor = _parse_request_line(lines[0])
+    fields = _parse_fields(lines[1:])
+    if minor and "host" not in fields or not _HOST.fullmatch(fields.get("host", "")):
+        raise Rejected(400, "exactly one valid Host field is needed (RFC 9112 section 3.2)")
+    length = _body_length(fields, minor)
+    if fields.get("expect", "100-continue").lower() != "100-continue":
+        raise Rejected(417, "the only expectation known here is 100-continue")
+    return Head(method, path, minor, fields, length)
+
+
+def parse_chunk_size(line: bytes) -> int:
+    """Return the size in a chunk's first line, given without its CRLF (RFC 9112 section 7.1); raise Rejected."""
+    match = _CHUNK_LINE.fullmatch(line)
+    if not match:
+        raise Rejected(400, "a chunk does not begin with its size in hex (RFC 9112 section 7.1)")
+    return int(match[1], 16)
+
+
+_REASONS = dict(http.client.responses)
+
+
+@lru_cache(maxsize=2)
+def _http_date(second: int) -> str:
+    return formatdate(second, usegmt=True)
+
+
+def format_answer(status: int, content: bytes, media_type: str, fields: Sequence[tuple[str, str]], with_content: bool = True) -> bytes:
+    """Return an answer as bytes, to be sent by one write: two would wait for each other (Nagle, 40 ms)."""
+    more = "".join([f"{name}: {value}\r\n" for name, value in fields])
+    head = (f"HTTP/1.1 {status} {_REASONS[status]}\r\nServer: skype_webhook\r\nDate: {_http_date(int(time.time()))}\r\n"
+            f"Content-Type: {media_type}\r\nContent-Length: {len(content)}\r\n{more}\r\n")
+    return head.encode("latin-1") + (content if with_content else b"")
+
+
+# --- One connection: its socket, and the handler of its requests ---
+
+
+class Connection:
+    """An accepted socket and what the server must know to take its place away.
+
+    `since` is the monotonic time from which the peer keeps us waiting: for its request, or to take its answer;
+    infinite while its event is being stored. Whoever sets it to infinity, or cuts the connection, holds `Receiver.changed`.
+    """
+
+    __slots__ = ("answering", "is_cut", "peer", "since", "socket")
+
+    def __init__(self, accepted: socket.socket, address: Any) -> None:
+        host = address[0].removeprefix("::ffff:") if "." in address[0] else address[0]  # IPv4 on a dual-stack listener
+        self.socket = accepted
+        self.peer = f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
+        self.since = time.monotonic()
+        self.answering = self.is_cut = False
+
+    def stop_reading(self) -> None:
+        """Let the peer's thread read what has arrived, and then the end. SSLSocket.shutdown would clear its TLS state."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.socket, socket.SHUT_RD)
+
+    def cut(self) -> None:
+        """End the connection from another thread, without an answer."""
+        self.is_cut = True
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
+
+    def more_has_arrived(self) -> bool:
+        """Tell, without waiting, whether bytes of the peer can be read."""
+        try:
+            return (isinstance(self.socket, ssl.SSLSocket) and self.socket.pending() > 0
+                    or bool(socket.socket.recv(self.socket, 1, socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0))))
+        except OSError:
+            return False
+
+    def close(self, unread: bool) -> None:
+        """Say goodbye and close. A close with `unread` data would reset, and the peer would never see its answer."""
+        with contextlib.suppress(OSError, ValueError):
+            if isinstance(self.socket, ssl.SSLSocket):
+                self.socket.settimeout(0)  # the closure alert is sent, the peer's is not waited for
+                self.socket.unwrap()
+        with contextlib.suppress(OSError):
+            if unread:
+                socket.socket.shutdown(self.socket, socket.SHUT_WR)
+                self._drain()
+        self.socket.close()
+
+    def _drain(self) -> None:
+        end, left = time.monotonic() + DRAIN_SECONDS, DRAIN_BYTES
+        while left > 0 and time.monotonic() < end:
+            self.socket.settimeout(max(0.001, end - time.monotonic()))
+            count = len(socket.socket.recv(self.socket, READ_SIZE))
+            if not count:
+                return
+            left -= count
+
+
+def _forwarded_for(fields: dict[str, str]) -> str | None:
+    """Return the address that the proxy itself has seen: the last of X-Forwarded-For, if it is one."""
+    last = fields.get("x-forwarded-for", "").rpartition(",")[2].strip(" \t")
+    try:
+        return str(ipaddress.ip_address(last))
+    except ValueError:
+        return None
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Requests in, answers out, in order, for one connection.
+
+    Only the loop of the base class is used: its reading of heads takes lines without a colon and ignores
+    Transfer-Encoding, and its answers are HTML.
+    """
+
+    request: Connection
+    server: Receiver
+
+    def setup(self) -> None:
+        self.buffer = b""
+        self.first = True
+
+    def finish(self) -> None:
+        self.request.close(self.unread)
+
+    def handle_one_request(self) -> None:
+        """Read one request and answer it; `close_connection` tells `handle` whether another can follow."""
+        self.close_connection = self.unread = True
+        self.method, self.peer = "", self.request.peer
+        try:
+            if not self.begin():
+                self.unread = False
+                return
+            head = parse_head(self.read_section(1))
+            self.method = head.method
+            self.unread = head.length not in (None, 0)
+            self.close_connection = not head.persistent()
+            self.keep_alive = head.minor == 0
+            if self.server.settings.behind_proxy:
+                self.peer = _forwarded_for(head.fields) or self.peer
+            self.route(head)
+        except Rejected as refusal:
+            self.refuse(refusal)
+        self.request.since = time.monotonic()
+        self.request.answering = False
+        self.first = False
+
+    def begin(self) -> bool:
+        """Wait for the first byte of a request; return False if the peer has none."""
+        if not self.buffer:
+            self.buffer = self.receive()
+            if not self.buffer:
+                return False
+        if not self.first:  # the time of the first request runs since accept
+            self.request.since = time.monotonic()
+        self.started = self.request.since
+        return True
+
+    def route(self, head: Head) -> None:
+        methods = self.server.routes.get(head.path)
+        if methods is None:
+            raise Rejected(404, "there is nothing at this path")
+        if head.method not in methods:
+            raise Rejected(405, f"this path takes {', '.join(methods)} only", ("Allow", ", ".join(methods)))
+        methods[head.method](self, head)
+
+    def do_POST(self, head: Head) -> None:
+        """Take one delivery: the path of one request, as at the top of this file."""
+        settings = self.server.settings
+        self.check_length(head)
+        claims = verify_token(head.fields.get("authorization"), settings.credentials, time.time(), settings.leeway)
+        body = self.read_body(head)
+        event_id = verify_body(claims, body)
+        event = parse_event(body)
+        line = format_line(event, body, time.time())
+        outcome = "recorded" if self.store(event_id, line) else "duplicate"
+        self.answer(200, b'{"status":"%b","id":"%b"}' % (outcome.encode(), event_id.encode()))
+        warnings = f" ({'; '.join(event.warnings)})" if event.warnings else ""
+        self.report(outcome, f"{(event.stage or '-')[:100]} {(event.subject or '-')[:100]}{warnings}")
+
+    def answer_health(self, _head: Head) -> None:
+        """Can the next event be stored?"""
+        try:
+            self.server.journal.check()
+        except JournalError as error:
+            raise Rejected(503, "the log cannot be written", ("Retry-After", "10")) from error
+        self.answer(200, b'{"status":"ok"}')
+
+    # reading
+
+    def receive(self) -> bytes:
+        """Return what the peer sends next, b"" at its end. The socket blocks: `Receiver.sweep` ends the wait in time."""
+        try:
+            return self.request.socket.recv(READ_SIZE)
+        except (OSError, ValueError):  # reset, or broken TLS
+            return b""
+
+    def receive_more(self) -> bytes:
+        """Return what the peer sends next within a request; raise Rejected if that is nothing, or too late."""
+        received = self.receive()
+        late = self.server.is_late(self.request)
+        if received and not late:
+            return received
+        if late:
+            raise Rejected(408, f"the request was not whole within {self.server.settings.request_timeout:g} s")
+        if self.server.stopping:
+            raise Rejected(503, "the receiver is stopping; send it again", ("Retry-After", "1"))
+        raise Rejected(400, "the request ended before it was whole")
+
+    def read_section(self, leading: int) -> bytes:
+        """Return field lines up to an empty line, without their last CRLF; `leading` empty lines are ignored (RFC 9112 section 2.2)."""
+        scanned = 0
+        while True:
+            if leading and self.buffer.startswith(b"\r\n"):
+                self.buffer, leading = self.buffer[2:], 0
+            end = self.buffer.find(b"\r\n\r\n", scanned)
+            if end >= 0 and end + 4 <= HEAD_LIMIT:
+                section, self.buffer = self.buffer[:end], self.buffer[end + 4:]
+                return section
+            if len(self.buffer) > HEAD_LIMIT:
+                _parse_request_line(self.buffer.partition(b"\r\n")[0])
+                raise Rejected(431, f"the head is longer than {HEAD_LIMIT} bytes")
+            if _BARE.search(self.buffer, scanned):
+                raise Rejected(400, "the head has a bare CR or LF, or a NUL (RFC 9112 section 2.2)")
+            scanned = max(0, len(self.buffer) - 3)
+            self.buffer += self.receive_more()
+
+    def check_length(self, head: Head) -> None:
+        if head.length is None:
+            self.close_connection = self.unread = True
+            raise Rejected(411, "a Content-Length, or a chunked body, is needed")
+        if head.length > self.server.settings.max_body:
+            raise self.too_long()
+
+    def too_long(self) -> Rejected:
+        return Rejected(413, f"the body is longer than {self.server.settings.max_body} bytes")
+
+    def read_body(self, head: Head) -> bytes:
+        if "expect" in head.fields and head.minor and not self.buffer:
+            self.request.socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = self.read_chunks() if head.length == CHUNKED else self.take(head.length or 0)
+        self.unread = False
+        return body
+
+    def take(self, count: int) -> bytes:
+        parts, left = [self.buffer], count - len(self.buffer)
+        while left > 0:
+            parts.append(self.receive_more())
+            left -= len(parts[-1])
+        whole = b"".join(parts)
+        self.buffer = whole[count:]
+        return whole[:count]
+
+    def read_chunks(self) -> bytes:
+        """Return a chunked body (RFC 9112 section 7.1). Its framing counts towards the cap; trailers are checked and dropped."""
+        parts, left = [], self.server.settings.max_body
+        while True:
+            line = self.read_chunk_line()
+            size = parse_chunk_size(line)
+            left -= len(line) + size + 4
+            if left < 0:
+                raise self.too_long()
+            if size == 0:
+                break
+            chunk = self.take(size + 2)
+            if not chunk.endswith(b"\r\n"):
+                raise Rejected(400, "a chunk is longer than its size (RFC 9112 section 7.1)")
+            parts.append(chunk[:-2])
+        self.buffer = b"\r\n" + self.buffer  # so that the trailer section, often empty, ends like a head
+        trailers = self.read_section(0)
+        _parse_fields(trailers.split(b"\r\n")[1:])
+        return b"".join(parts)
+
+    def read_chunk_line(self) -> bytes:
+        scanned = 0
+        while True:
+            end = self.buffer.find(b"\r\n", scanned)
+            if 0 <= end <= CHUNK_LINE_LIMIT:
+                line, self.buffer = self.buffer[:end], self.buffer[end + 2:]
+                return line
+            if len(self.buffer) > CHUNK_LINE_LIMIT or _BARE.search(self.buffer, scanned):
+                raise Rejected(400, "a chunk line is too long or holds a bare CR or LF")
+            scanned = max(0, len(self.buffer) - 1)
+            self.buffer += self.receive_more()
+
+    # storing and answering
+
+    def store(self, event_id: str, line: bytes) -> bool:
+        """Return True once the line is durable, False for a duplicate."""
+        self.server.protect(self.request)
+        try:
+            return self.server.journal.append(event_id, line)
+        except JournalError as error:
+            raise Rejected(503, "the event could not be stored; send it again", ("Retry-After", "10")) from error
+
+    def answer(self, status: int, content: bytes, media_type: str = "application/json", *fields: tuple[str, str]) -> None:
+        """Send one answer; whether the connection is kept is decided here."""
+        if self.unread or self.server.stopping and not (self.buffer or self.request.more_has_arrived()):
+            self.close_connection = True
+        if self.close_connection:
+            fields = (*fields, ("Connection", "close"))
+        elif self.keep_alive:
+            fields = (*fields, ("Connection", "keep-alive"))
+        self.request.since, self.request.answering = time.monotonic(), True
+        try:
+            self.request.socket.sendall(format_answer(status, content, media_type, fields, self.method != "HEAD"))
+        except (OSError, ValueError):  # the peer has gone; what is recorded stays recorded
+            self.close_connection = True
+
+    def refuse(self, refusal: Rejected) -> None:
+        if not self.request.is_cut:
+            problem = {"title": _REASONS[refusal.status], "status": refusal.status, "detail": refusal.detail}
+            self.answer(refusal.status, json.dumps(problem).encode(), "application/problem+json", *refusal.fields)
+            because = f" ({refusal.__cause__})" if refusal.__cause__ else ""
+            self.report("refused", f"{refusal.status} {refusal.detail}{because}")
+
+    def report(self, outcome: str, what: str) -> None:
+        """Count one outcome and tell the operator."""
+        with self.server.changed:
+            self.server.counts[outcome] += 1
+        tell(f"{self.peer} {outcome} {what} {(time.monotonic() - self.started) * 1000:.1f} ms")
+
+
+# --- The server: sockets, TLS, threads, deadlines ---
+
+_VALIDITY = re.compile(rb"\x30.(?:\x17\x0d|\x18\x0f)([0-9]{12,14})Z(?:\x17\x0d|\x18\x0f)([0-9]{12,14})Z", re.DOTALL)
+
+
+def _validity(pem: str) -> Iterator[float]:
+    """Yield notBefore and notAfter of the first certificate, in Unix seconds (RFC 5280 section 4.1.2.5)."""
+    der = ssl.PEM_cert_to_DER_cert(pem[pem.index("-----BEGIN CERTIFICATE-----"):pem.index("-----END CERTIFICATE-----") + 25])
+    match = _VALIDITY.search(der)
+    for moment in match.groups() if match else ():
+        text = moment.decode()
+        full = text if len(text) == 14 else ("20" if text < "50" else "19") + text
+        yield datetime.strptime(full, "%Y%m%d%H%M%S").replace(tzinfo=timezone.utc).timestamp()
+
+
+def _read_pem(name: str, path: str, label: str) -> str:
+    try:
+        text = pathlib.Path(path).read_text("latin-1")
+    except OSError as error:
+        raise SettingsError(f"{name} {path}: {error.strerror}") from None
+    if not re.search(rf"-----BEGIN {label}-----", text):
+        raise SettingsError(f"{name} {path}: there is no PEM {label.rpartition(']*')[2].lower()} in it")
+    return text
+
+
+def _refuse_password() -> str:
+    raise SettingsError("the key is encrypted; decrypt it (openssl pkey -in KEY -out NEW) and keep it readable by this user only")
+
+
+def load_context(cert: str, key: str) -> ssl.SSLContext:
+    """Return a new server context with this certificate chain and key (PEM files); raise SettingsError."""
+    pem = _read_pem("--cert", cert, "CERTIFICATE")
+    _read_pem("--key", key, "[A-Z ]*PRIVATE KEY")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
+    # A peer that half-closes, or whose time is over, still gets its answer.
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION | getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0x80)
+    try:
+        context.load_cert_chain(cert, key, _refuse_password)
+    except SettingsError as error:
+        raise SettingsError(f"--key {key}: {error}") from None
+    except ssl.SSLError as error:
+        trouble = ("they do not belong together" if error.reason == "KEY_VALUES_MISMATCH" else
+                   f"they cannot be used ({error.reason or 'broken PEM'}); is one of them cut short?")
+        raise SettingsError(f"--cert {cert}, --key {key}: {trouble}") from None
+    try:
+        begins, ends = _validity(pem)
+    except ValueError:
+        return context
+    if not begins <= time.time() <= ends:
+        what, when = ("has expired", ends) if time.time() > ends else ("is not valid yet", begins)
+        tell(f"warning: --cert {cert} {what} ({formatdate(when, usegmt=True)}): senders will refuse it; renew it")
+    return context
+
+
+class Certificate:
+    """The TLS context of new connections. Changed files make a new one: loading a bad pair into a live one breaks it."""
+
+    def __init__(self, cert: str, key: str) -> None:
+        self.cert, self.key = cert, key
+        self.seen = self.stamps()
+        self.context = load_context(cert, key)
+        self.next_look = 0.0
+
+    def stamps(self) -> list[tuple[int, int, int]]:
+        stamps = []
+        for path in (self.cert, self.key):
+            with contextlib.suppress(OSError):
+                status = os.stat(path)  # through symlinks, as certbot lays them
+                stamps.append((status.st_ino, status.st_mtime_ns, status.st_size))
+        return stamps
+
+    def follow(self) -> None:
+        """Swap the context in if the files changed and load; else keep the old one until they change again."""
+        if time.monotonic() < self.next_look:
+            return
+        self.next_look = time.monotonic() + LOOK_SECONDS
+        stamps = self.stamps()
+        if stamps != self.seen:
+            self.seen = stamps
+            try:
+                self.context = load_context(self.cert, self.key)
+                tell(f"the new certificate {self.cert} is in use")
+            except SettingsError as error:
+                tell(f"error: {error}; the old certificate stays in use until the files change again")
+
+
+class Receiver(socketserver.BaseServer):
+    """Accepts connections and serves each in a thread of a bounded pool.
+
+    How the deadlines work: sockets block, so that a read costs one system call and no poll. The accepting loop
+    sweeps the connections when the next deadline is due, and shuts down the reading side of those past theirs:
+    their thread reads the end, finds that it is late, and answers 408.
+
+    `changed` guards `connections`, `viewers` and `counts`; it is notified when a connection has gone.
+    """
+
+    def __init__(self, settings: Settings, journal: Journal, listeners: Sequence[socket.socket], certificate: Certificate | None,
+                 inherited: bool = False) -> None:
+        super().__init__(listeners[0].getsockname(), Handler)
+        self.journal = journal
+        self.listeners, self.inherited = listeners, inherited
+        self.on_hangup: Callable[[], None] = lambda: None
+        self.adopt(settings, certificate)
+        self.stopping = False
+        self.changed = threading.Condition()
+        self.connections: set[Connection] = set()
+        self.counts = {"recorded": 0, "duplicate": 0, "refused": 0}
+        self.next_sweep = 0.0
+        self.next_complaint = 0.0
+        self.pool = concurrent.futures.ThreadPoolExecutor(settings.max_connections, "connection")
+        self.alarm, self.bell = socket.socketpair()
+        self.selector = selectors.DefaultSelector()
+        for listener in listeners:
+            listener.setblocking(False)
+            self.selector.register(listener, selectors.EVENT_READ, listener)
+        for end in (self.alarm, self.bell):
+            end.setblocking(False)
+        self.selector.register(self.alarm, selectors.EVENT_READ)
+        journal.on_final = self.wake
+
+    def adopt(self, settings: Settings, certificate: Certificate | None) -> None:
+        """Serve the requests to come by these settings, and the connections to come with this certificate."""
+        self.settings, self.certificate = settings, certificate
+        self.routes: dict[str, dict[str, Callable[[Handler, Head], None]]] = {
+            "/healthz": {"GET": Handler.answer_health, "HEAD": Handler.answer_health}}
+        self.routes.setdefault(settings.path, {})["POST"] = Handler.do_POST
+
+    def wake(self) -> None:
+        """Wake the accepting loop from another thread."""
+        with contextlib.suppress(OSError):
+            self.bell.send(b"\0")
+
+    def serve_forever(self, poll_interval: float = 2.0) -> None:
+        """Accept until `stopping`; every `poll_interval` seconds at the latest, see what is due."""
+        while not self.stopping:
+            pause = min(poll_interval, self.next_sweep - time.monotonic())
+            for key, _ in self.selector.select(max(0.02, pause)):
+                if key.data:
+                    self.accept(key.data)
+                else:
+                    self.obey(self.alarm.recv(64))
+            self.service_actions()
+
+    def obey(self, signals: bytes) -> None:
+        """Act on signal numbers. A handler can run in another thread; the wake-up descriptor reaches this one."""
+        for number in signals:
+            if number == getattr(signal, "SIGHUP", None):
+                self.on_hangup()
+            else:
+                self.stopping = True
+
+    def service_actions(self) -> None:
+        if time.monotonic() >= self.next_sweep:
+            self.sweep()
+        if self.certificate:
+            self.certificate.follow()
+
+    def sweep(self) -> None:
+        """End what is past its deadline; a new deadline always lies `request_timeout` ahead, so none is missed."""
+        with self.changed:
+            links = list(self.connections)
+        now, limit = time.monotonic(), self.settings.request_timeout
+        for link in links:
+            if link.is_cut or link.answering and self.is_late(link):
+                link.cut()
+            elif self.is_late(link):
+                link.stop_reading()
+        self.next_sweep = min([now + limit, *(due for link in links if (due := link.since + limit) > now)])
+
+    def is_late(self, link: Connection) -> bool:
+        return time.monotonic() - link.since >= self.settings.request_timeout
+
+    def protect(self, link: Connection) -> None:
+        """Keep the place of a connection whose event is being stored."""
+        with self.changed:
+            if link.is_cut:
+                raise ConnectionAbortedError("its place was taken")
+            link.since = math.inf
+
+    def make_room(self) -> bool:
+        """Return whether a place is free; if not, take that of the connection that keeps us waiting longest."""
+        with self.changed:
+            if len(self.connections) < self.settings.max_connections:
+                return True
+            waiting = [link for link in self.connections if not link.is_cut and link.since < math.inf]
+            if waiting:
+                min(waiting, key=lambda link: link.since).cut()
+            return self.changed.wait(0.1) and len(self.connections) < self.settings.max_connections
+
+    def accept(self, listener: socket.socket) -> bool:
+        """Accept one connection; return whether there was one. No handshake here: one mute peer would stop everyone."""
+        if not self.make_room():
+            return False  # it stays in the backlog
+        try:
+            accepted, address = listener.accept()
+            accepted.setblocking(True)
+            link = Connection(accepted, address)
+        except (BlockingIOError, InterruptedError, ConnectionError):
+            return False  # none, or it has left again
+        except OSError as error:  # EMFILE and the like stay until a connection has gone
+            self.complain(f"cannot accept: {error.strerror}; raise its limit (LimitNOFILE=, ulimit -n), or lower --max-connections")
+            with self.changed:
+                self.changed.wait(0.1)
+            return False
+        with self.changed:
+            self.connections.add(link)
+        self.process_request(link, link.peer)
+        return True
+
+    def complain(self, message: str) -> None:
+        """Tell of a trouble that can come a thousand times a second, once in ten seconds."""
+        if time.monotonic() >= self.next_complaint:
+            self.next_complaint = time.monotonic() + 10
+            tell(message)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        try:
+            self.pool.submit(self.process_request_thread, request, client_address)
+        except RuntimeError as error:  # it is queued all the same, for the threads there are
+            self.complain(f"cannot start a thread: {error}; raise its limit (TasksMax=, ulimit -u), or lower --max-connections")
+
+    def process_request_thread(self, link: Connection, peer: str) -> None:
+        try:
+            if self.certificate is None or self.handshake(link, self.certificate.context):
+                self.finish_request(link, peer)  # type: ignore[arg-type]  # a Connection stands for its socket
+        except OSError:
+            pass  # the peer has gone, or was cut off
+        except Exception as error:  # a fault of ours: its text could hold anything, so only its kind and place are told
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            tell(f"{peer} fault {type(error).__name__} in {place.name}, line {place.lineno}: please report it")
+        finally:
+            self.shutdown_request(link)
+
+    def handshake(self, link: Connection, context: ssl.SSLContext) -> bool:
+        """Make the connection a TLS one; return whether it is."""
+        if not 0x41 <= (link.socket.recv(1, socket.MSG_PEEK) or b"\0")[0] <= 0x5A:  # a capital letter: plain HTTP
+            link.socket = context.wrap_socket(link.socket, server_side=True, do_handshake_on_connect=False)
+            try:
+                link.socket.do_handshake()
+                return True
+            except ssl.SSLError as error:
+                if error.reason and not isinstance(error, ssl.SSLEOFError):
+                    distrust = re.search("CERT|_CA", error.reason)
+                    hint = "; it does not trust the certificate: is --cert the full chain?" if distrust else ""
+                    tell(f"{link.peer} TLS handshake failed: {error.reason}{hint}")
+                return False
+        link.socket.sendall(format_answer(400, b"This port speaks https: use https:// in the URL.\n", "text/plain; charset=utf-8",
+                                          [("Connection", "close")]))
+        tell(f"{link.peer} refused 400 plain HTTP on the TLS port; the URL has to begin with https://")
+        link.close(unread=True)
+        return False
+
+    def shutdown_request(self, request: Any) -> None:
+        request.socket.close()
+        with self.changed:
+            self.connections.discard(request)
+            self.changed.notify_all()
+
+    def stop(self) -> None:
+        """Answer what has been sent whole, then end all connections; within STOP_SECONDS and some."""
+        end, grace = time.monotonic() + STOP_SECONDS, time.monotonic() + STOP_GRACE
+        for listener in self.listeners:
+            while not self.inherited and self.accept(listener):
+                pass  # systemd keeps its listeners: their backlog is for our successor
+            listener.close()
+        with self.changed:
+            while self.connections and time.monotonic() < end:
+                if time.monotonic() >= grace:
+                    for link in self.connections:
+                        link.stop_reading()
+                self.changed.wait(0.1)
+            for link in self.connections:
+                link.cut()
+        self.pool.shutdown(wait=False)
+
+
+def open_listeners(host: str, port: int) -> list[socket.socket]:
+    """Return listening sockets on `host`, or on all addresses of both families where it is empty; raise SettingsError."""
+    listeners: list[socket.socket] = []
+    try:
+        if not host and socket.has_dualstack_ipv6():
+            with contextlib.suppress(OSError):  # a kernel without IPv6; other troubles come up again below
+                return [socket.create_server(("", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True)]
+        for family, _, _, _, address in socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM):
+            chosen = listeners[0].getsockname()[1] if listeners else port  # of port 0 the kernel chooses one, once
+            listeners.append(socket.create_server((str(address[0]), chosen), family=family, backlog=BACKLOG))
+    except (OSError, UnicodeError) as error:
+        for listener in listeners:
+            listener.close()
+        raise SettingsError(f"cannot listen on {host or '*'} port {port}: {getattr(error, 'strerror', error)}; "
+                            "choose another --host or --port, or stop what uses it") from None
+    return listeners
+
+
+def take_listeners() -> list[socket.socket]:
+    """Return the listening sockets that systemd handed over (sd_listen_fds(3)), if any; raise SettingsError."""
+    pid, count = (os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS"))
+    if not count or pid != str(os.getpid()):
+        return []
+    listeners = []
+    try:
+        if not re.fullmatch(r"[1-9][0-9]{0,2}", count):
+            raise ValueError("it is not a count of sockets")
+        for number in range(3, 3 + int(count)):
+            listeners.append(socket.socket(fileno=number))
+            if (listeners[-1].family not in (socket.AF_INET, socket.AF_INET6)
+                    or not listeners[-1].getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
+                raise ValueError(f"descriptor {number} is not a listening TCP socket")
+            os.set_inheritable(number, False)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"LISTEN_FDS={count}: {getattr(error, 'strerror', None) or error}; check the socket unit") from None
+    return listeners
+
+
+def notify(state: str) -> None:
+    """Tell systemd how we are (sd_notify(3)), where it asked for that."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+                channel.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
+        except OSError as error:
+            tell(f"warning: NOTIFY_SOCKET {path}: {error.strerror}; systemd was not told {state.partition(chr(10))[0]}")
+
+
+# --- The sender: what Skype Interviews does, for trying things out ---
+
+
+def sample_event(stage: str, interview: str, now: float) -> bytes:
+    """Return an event like the documented one, with another stage, interview and time (Unix seconds)."""
+    when = datetime.fromtimestamp(now, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%f")
+    return json.dumps({"previousStage": {"value": "InterviewCreated", "metadata": "1 - Interview was created"},
+                       "currentStage": {"value": stage, "metadata": "2000 - Pending interviewer time selection"},
+                       "event": "State", "timestamp": f"{when}0Z", "interviewCode": interview}).encode()
+
+
+class Sender:
+    """Delivers events to one URL over one kept connection."""
+
+    def __init__(self, url: str, credential: Credential, context: ssl.SSLContext) -> None:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("https", "http") or not parts.hostname:
+            raise SettingsError(f"{url} is not a URL like https://host:8443/")
+        self.target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        self.credential = credential
+        self.connection = (http.client.HTTPSConnection(parts.hostname, parts.port, timeout=30, context=context)
+                           if parts.scheme == "https" else http.client.HTTPConnection(parts.hostname, parts.port, timeout=30))
+
+    def deliver(self, body: bytes) -> tuple[int, dict[str, Any]]:
+        """Return the answer's status and JSON object; raise OSError or http.client.HTTPException."""
+        self.connection.request("POST", self.target, body, {"Authorization": f"Bearer {sign(body, self.credential, time.time())}",
+                                                            "Content-Type": "application/json; charset=utf-8"})
+        answer = self.connection.getresponse()
+        content = answer.read()
+        try:
+            return answer.status, _decode_object(content, _BODY)
+        except ValueError:
+            return answer.status, {"detail": content.decode("utf-8", "replace")[:200]}
+
+
+# --- Settings and the command line ---
+
+PLACEHOLDERS = ("paste-your-api-key-here", "paste-your-api-secret-here")
+
+
+def _number(low: float, high: float, pattern: str = r"[0-9]{1,12}") -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        if not re.fullmatch(pattern, text) or not low <= float(text) <= high:
+            raise ValueError(f"{text!r} is not a number from {low:g} to {high:g}")
+        return float(text)
+    return parse
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
+        raise ValueError(f"{text!r} is neither yes nor no")
+    return text.lower() in ("1", "true", "yes", "on")
+
+
+def _path(text: str) -> str:
+    if not re.fullmatch(r"/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*", text) or text == "/healthz":
+        raise ValueError(f"{text!r} is not a path like /hook (and /healthz is taken)")
+    return text
+
+
+class Setting(NamedTuple):
+    """One setting: its field in `Settings`, its name in the environment, its flag, and how its text is read."""
+
+    field: str
+    name: str
+    flag: str | None
+    default: Any
+    parse: Callable[[str], Any]
+    help: str
+
+
+_SECONDS = r"[0-9]{1,6}(?:\.[0-9]{1,6})?"
+SETTINGS = (
+    Setting("cert", "SKYPE_TLS_CERT", "--cert", "", str, "certificate, PEM, the full chain"),
+    Setting("key", "SKYPE_TLS_KEY", "--key", "", str, "its private key, PEM, not encrypted"),
+    Setting("host", "SKYPE_HOST", "--host", "", str, "address to listen on (default: all, IPv4 and IPv6)"),
+    Setting("port", "SKYPE_PORT", "--port", 8443, _number(0, 65535), "port to listen on (default: 8443)"),
+    Setting("path", "SKYPE_PATH", "--path", "/", _path, "path of the webhook URL (default: /)"),
+    Setting("log", "SKYPE_LOG", "--log", "events.jsonl", str, "the log, appended to (default: events.jsonl)"),
+    Setting("leeway", "SKYPE_LEEWAY", "--leeway", 1.0, _number(0, 3600, _SECONDS), "seconds two clocks may differ (default: 1)"),
+    Setting("max_body", "SKYPE_MAX_BODY", "--max-body", 2**20, _number(1, 2**30), "longest body in bytes (default: 1 MiB)"),
+    Setting("max_connections", "SKYPE_MAX_CONNECTIONS", "--max-connections", 256, _number(1, 10_000), "connections at once (default: 256)"),
+    Setting("request_timeout", "SKYPE_REQUEST_TIMEOUT", "--request-timeout", 10.0, _number(0.1, 3600, _SECONDS),
+            "seconds for a whole request (default: 10)"),
+    Setting("behind_proxy", "SKYPE_BEHIND_PROXY", "--behind-proxy", False, _boolean, "speak plain HTTP, to a proxy that ends TLS"),
+    Setting("api_key", "SKYPE_API_KEY", None, "", str, "the API key of your API settings page (required)"),
+    Setting("api_secret", "SKYPE_API_SECRET", None, "", str, "its secret (required), or ..._FILE: a file that holds it"),
+    Setting("api_key_previous", "SKYPE_API_KEY_PREVIOUS", None, "", str, "the key before the present one, while it is still used"),
+    Setting("api_secret_previous", "SKYPE_API_SECRET_PREVIOUS", None, "", str, "the secret before the present one, or ..._FILE"),
+    Setting("view_password", "SKYPE_VIEW_PASSWORD", None, "", str, "password of the live view (default: no live view)"),
+)
+SECRETS = ("SKYPE_API_SECRET", "SKYPE_API_SECRET_PREVIOUS")
+NAMES = frozenset(setting.name for setting in SETTINGS) | {f"{name}_FILE" for name in SECRETS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All settings, checked; `credentials` are the current and, if there is one, the previous."""
+
+    cert: str
+    key: str
+    host: str
+    port: int
+    path: str
+    log: str
+    leeway: float
+    max_body: int
+    max_connections: int
+    request_timeout: float
+    behind_proxy: bool
+    view_password: str
+    credentials: tuple[Credential, ...]
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """Load the certificate, unless a proxy has it; raise SettingsError."""
+        return None if self.behind_proxy else Certificate(self.cert, self.key)
+
+
+def read_env_file(path: str | None) -> dict[str, str]:
+    """Return the settings in an env file; `None` means `.env`, if there is one. Raise SettingsError."""
+    try:
+        text = pathlib.Path(path or ".env").read_text("utf-8")
+        mode = os.stat(path or ".env").st_mode
+    except FileNotFoundError:
+        if path is None:
+            return {}
+        raise SettingsError(f"--env-file {path}: there is no such file") from None
+    except (OSError, UnicodeError) as error:
+        raise SettingsError(f"env file {path or '.env'}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
+    if mode & stat.S_IROTH and os.name == "posix":
+        tell(f"warning: {path or '.env'} can be read by every user of this machine; chmod 600 {path or '.env'}")
+    values = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            match = re.fullmatch(r"\s*([A-Za-z_][A-Za-z0-9_]*)=\s*(?:\"(.*)\"|'(.*)'|(.*?))\s*", line)
+            if not match:
+                raise SettingsError(f"{path or '.env'} line {number} is not NAME=value")
+            values[match[1]] = match[2] or match[3] or match[4] or ""
+            if match[1].startswith("SKYPE_") and match[1] not in NAMES:
+                tell(f"warning: {path or '.env'} line {number}: there is no setting {match[1]}")
+    return values
+
+
+def _read_secret(name: str, path: str) -> str:
+    try:
+        text = pathlib.Path(path).read_text("utf-8").rstrip("\r\n")
+    except (OSError, UnicodeError) as error:
+        raise SettingsError(f"{name}_FILE {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
+    if not text:
+        raise SettingsError(f"{name}_FILE {path}: it is empty")
+    return text
+
+
+def gather(flags: Mapping[str, str | None], environment: Mapping[str, str], env_file: Mapping[str, str]) -> dict[str, str]:
+    """Return what is set, by name: a flag wins over the environment, that over the env file. An empty text is not set."""
+    gathered = {}
+    for setting in SETTINGS:
+        for source in (flags, environment, env_file):
+            text, path = source.get(setting.name), source.get(f"{setting.name}_FILE") if setting.name in SECRETS else None
+            if text and path:
+                raise SettingsError(f"{setting.name} and {setting.name}_FILE are both set; keep one")
+            if text or path:
+                gathered[setting.name] = text or _read_secret(setting.name, path or "")
+                break
+    return gathered
+
+
+def _credentials(values: Mapping[str, Any]) -> tuple[Credential, ...]:
+    for name in ("api_key", "api_secret", "api_key_previous", "api_secret_previous"):
+        if values[name] in PLACEHOLDERS:
+            raise SettingsError(f"SKYPE_{name.upper()} is still the placeholder of example.env; paste yours from the API settings page")
+    for name in ("api_key", "api_secret"):
+        if not values[name]:
+            raise SettingsError(f"SKYPE_{name.upper()} is not set; put it into .env (see example.env) or into the environment")
+    current = Credential(values["api_key"], values["api_secret"].encode())
+    if values["api_secret_previous"]:
+        return current, Credential(values["api_key_previous"] or current.api_key, values["api_secret_previous"].encode())
+    if values["api_key_previous"]:
+        raise SettingsError("SKYPE_API_KEY_PREVIOUS is set without SKYPE_API_SECRET_PREVIOUS; set both, or the secret alone")
+    return (current,)
+
+
+def _parse(texts: Mapping[str, str]) -> dict[str, Any]:
+    """Return every setting's value by its field; raise SettingsError."""
+    values = {}
+    for setting in SETTINGS:
+        try:
+            value = setting.parse(texts[setting.name]) if setting.name in texts else setting.default
+        except ValueError as error:
+            raise SettingsError(f"{setting.flag or setting.name}: {error}") from None
+        values[setting.field] = type(setting.default)(value)
+    return values
+
+
+def _load_texts(options: argparse.Namespace) -> dict[str, str]:
+    flags = {setting.name: getattr(options, setting.field, None) for setting in SETTINGS}
+    return gather(flags, os.environ, read_env_file(options.env_file))
+
+
+def load_settings(options: argparse.Namespace) -> Settings:
+    """Return the settings of a receiver from flags, environment and env file; raise SettingsError."""
+    values = _parse(_load_texts(options))
+    if values["behind_proxy"]:
+        if values["cert"] or values["key"]:
+            raise SettingsError("--behind-proxy speaks plain HTTP; leave --cert and --key to the proxy")
+        values["host"] = values["host"] or "127.0.0.1"
+    else:
+        for name in ("cert", "key"):
+            if not values[name]:
+                raise SettingsError(f"--{name} is missing; HTTPS needs --cert and --key (or --behind-proxy; or try: demo)")
+    credentials = _credentials(values)
+    for name in ("api_key", "api_secret", "api_key_previous", "api_secret_previous"):
+        del values[name]
+    return Settings(credentials=credentials, **values)
+
+
+def open_journal(path: str) -> Journal:
+    """Return the journal of this log, and tell if it had to be repaired; raise SettingsError."""
+    try:
+        journal = Journal(path)
+    except JournalError as error:
+        raise SettingsError(f"--log {path}: {error}") from None
+    if journal.sealed:
+        tell(f"sealed {path}: its last {journal.sealed} bytes were not a whole line (a crash?)")
+    return journal
+
+
+def run(receiver: Receiver, reload: Callable[[], None]) -> int:
+    """Serve until a signal says stop; return the exit code."""
+    receiver.on_hangup = reload
+    if threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(receiver.bell.fileno(), warn_on_full_buffer=False)
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), lambda *_: None)  # the wake-up descriptor carries the number
+    settings, journal = receiver.settings, receiver.journal
+    scheme, address = "http" if settings.behind_proxy else "https", receiver.listeners[0].getsockname()
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    tell(f"listening on {scheme}://{host}:{address[1]}{settings.path}, log {os.path.abspath(settings.log)}")
+    notify("READY=1")
+    receiver.serve_forever()
+    notify("STOPPING=1")
+    tell("stopping: answering what has been sent")
+    receiver.stop()
+    journal.close()
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in receiver.counts.items())
+    tell(f"stopped: {counts}")
+    if journal.final:
+        tell(f"error: {journal.final}: it cannot be known what is on the disk; start again")
+    if receiver.connections:  # their threads wait for a disk that does not answer, and would keep the process
+        os._exit(1)
+    return 1 if journal.final else 0
+
+
+def reload_settings(receiver: Receiver, options: argparse.Namespace) -> None:
+    """Read env file and certificates again (SIGHUP); what is wrong changes nothing."""
+    notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    try:
+        old, new = receiver.settings, load_settings(options)
+        bound = {name: getattr(old, name) for name in ("host", "port", "log", "max_connections", "behind_proxy")}
+        changed = [name for name, value in bound.items() if getattr(new, name) != value]
+        new = dataclasses.replace(new, **bound)
+        receiver.adopt(new, new.certificate)
+        tell("settings and certificate were read again" + (f"; a restart is needed for: {', '.join(changed)}" if changed else ""))
+    except SettingsError as error:
+        tell(f"error: {error}; the old settings stay in force")
+    notify("READY=1")
+
+
+def serve(options: argparse.Namespace) -> int:
+    settings = load_settings(options)
+    certificate = settings.certificate
+    with open_journal(settings.log) as journal:
+        inherited = take_listeners()
+        listeners = inherited or open_listeners(settings.host, settings.port)
+        receiver = Receiver(settings, journal, listeners, certificate, bool(inherited))
+        return run(receiver, lambda: reload_settings(receiver, options))
+
+
+def make_certificate(folder: str) -> tuple[str, str]:
+    """Return the paths of a throw-away certificate for this machine and of its key; raise SettingsError."""
+    cert, key = os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem")
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "7",
+               "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", cert]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except FileNotFoundError:
+        raise SettingsError("demo needs the openssl command to make a certificate, and there is none; install openssl") from None
+    except subprocess.CalledProcessError as error:
+        raise SettingsError(f"openssl could not make a certificate: {error.stderr.decode(errors='replace').strip()[-200:]}") from None
+    return cert, key
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Serve on loopback with a throw-away certificate and credentials, and deliver the documented event to it."""
+    folder = tempfile.mkdtemp(prefix="skype_webhook_demo.")
+    cert, key = make_certificate(folder)
+    credential = Credential(str(uuid.uuid4()), secrets.token_urlsafe(32).encode())
+    log = os.path.join(folder, "events.jsonl")
+    values = {**_parse({}), "cert": cert, "key": key, "host": "127.0.0.1", "log": log, "port": 0}
+    if options.port:
+        values["port"] = _parse({"SKYPE_PORT": options.port})["port"]
+    settings = Settings(credentials=(credential,), **{field.name: values[field.name] for field in dataclasses.fields(Settings)
+                                                      if field.name in values})
+    pathlib.Path(folder, ".env").touch(0o600)
+    pathlib.Path(folder, ".env").write_text(f"SKYPE_API_KEY={credential.api_key}\nSKYPE_API_SECRET={credential.api_secret.decode()}\n")
+    with open_journal(log) as journal:
+        listeners = open_listeners(settings.host, settings.port)
+        receiver = Receiver(settings, journal, listeners, settings.certificate)
+        url = f"https://localhost:{listeners[0].getsockname()[1]}/"
+        threading.Thread(target=show_delivery, args=(url, credential, folder), daemon=True).start()
+        return run(receiver, lambda: None)
+
+
+def show_delivery(url: str, credential: Credential, folder: str) -> None:
+    """Deliver the documented event, show the line that it left, and say how to go on."""
+    body = sample_event("SchedulingTime", "1c519c56-1712-1e89-1c3e-743ecbedd117", time.time())
+    status, answer = Sender(url, credential, ssl.create_default_context(cafile=os.path.join(folder, "cert.pem"))).deliver(body)
+    line = pathlib.Path(folder, "events.jsonl").read_text("utf-8")
+    print(f"delivered the documented sample event over HTTPS: {status} {answer.get('status')}\n"
+          f"its line in {folder}/events.jsonl:\n\n{line}\n"
+          f"1. deliver another:  python3 {sys.argv[0]} send {url} --env-file {folder}/.env --ca {folder}/cert.pem\n"
+          f"2. watch the log:    tail -F {folder}/events.jsonl\n"
+          f"3. end with Ctrl-C; then put your own key and secret into .env and run with --cert and --key (README.md)", flush=True)
+
+
+class Tally:
+    """What became of many deliveries: milliseconds of each that was taken, the last answer, the last trouble."""
+
+    def __init__(self) -> None:
+        self.taken: list[float] = []
+        self.refused = 0
+        self.last: dict[str, Any] = {}
+        self.trouble = ""
+
+    def add(self, status: int, answer: dict[str, Any], milliseconds: float) -> None:
+        if status == HTTPStatus.OK:
+            self.taken.append(milliseconds)
+            self.last = answer
+        else:
+            self.fail(f"refused: {status} {_REASONS.get(status, '')}: {answer.get('detail', '')}")
+
+    def fail(self, trouble: str) -> None:
+        self.refused += 1
+        self.trouble = trouble
+
+    def describe(self, seconds: float, busy: float) -> str:
+        """Return rate and latency; `busy` is the CPU time that this process took, in seconds."""
+        times = sorted(self.taken) or [math.nan]
+        limit = "; the sender itself was the limit, the receiver can take more" if busy > 0.8 * seconds else ""
+        return (f"{len(self.taken)} delivered, {self.refused} refused in {seconds:.2f} s: {len(self.taken) / seconds:.0f}/s, "
+                f"p50 {times[len(times) // 2]:.2f} ms, p99 {times[len(times) * 99 // 100]:.2f} ms{limit}")
+
+
+def _connect_trouble(error: Exception) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted here ({error.verify_message}); name it by --ca cert.pem, or use --insecure"
+    return f"{getattr(error, 'strerror', None) or error or type(error).__name__}; is the receiver running there?"
+
+
+def deliver_all(sender: Sender, turns: Iterator[int], body: Callable[[], bytes], tally: Tally) -> None:
+    """Deliver over one connection, until the `turns` that other threads take from too are used up."""
+    for _ in turns:
+        begun = time.perf_counter()
+        try:
+            status, answer = sender.deliver(body())
+        except (OSError, http.client.HTTPException) as error:
+            tally.fail(f"not delivered: {_connect_trouble(error)}")
+            return
+        tally.add(status, answer, (time.perf_counter() - begun) * 1000)
+
+
+def send(options: argparse.Namespace) -> int:
+    """Sign and deliver sample events, or one from a file; return 0 if all were taken."""
+    credential = _credentials(_parse(_load_texts(options)))[0]
+    try:
+        context = ssl.create_default_context(cafile=options.ca)
+        stored = pathlib.Path(options.file).read_bytes() if options.file else None
+        count, concurrency = (int(_number(1, 10**9)(text)) for text in (options.count, options.concurrency))
+    except OSError as error:  # an SSLError too
+        raise SettingsError(f"{error.filename or options.ca}: {error.strerror or 'there is no PEM certificate in it'}") from None
+    except ValueError as error:
+        raise SettingsError(f"--count, --concurrency: {error}") from None
+    context.check_hostname = context.check_hostname and not options.insecure
+    context.verify_mode = ssl.CERT_NONE if options.insecure else ssl.CERT_REQUIRED
+
+    def body() -> bytes:
+        return sample_event(options.stage, str(uuid.uuid4()), time.time()) if stored is None else stored
+
+    tally, turns = Tally(), iter(range(count))
+    senders = [Sender(options.url, credential, context) for _ in range(min(count, concurrency))]
+    threads = [threading.Thread(target=deliver_all, args=(sender, turns, body, tally), daemon=True) for sender in senders]
+    begun, busy = time.perf_counter(), time.process_time()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(0.5)
+            if sys.stderr.isatty() and count > 1:
+                sys.stderr.write(f"\r{len(tally.taken)} of {count} delivered \r")
+    if count == 1 and not tally.refused:
+        print(f"{tally.last.get('status')} {tally.last.get('id')} in {tally.taken[0]:.1f} ms")
+    elif count > 1:
+        print(tally.describe(time.perf_counter() - begun, time.process_time() - busy))
+    if tally.refused:
+        print(f"error: {tally.trouble}", file=sys.stderr)
+    return 1 if tally.refused else 0
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors take one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+COMMANDS = {"serve": (serve, "receive events (the default command)"),
+            "demo": (demo, "try it: serve on loopback with throw-away credentials, and deliver a sample event"),
+            "send": (send, "sign and deliver a sample event: is my set-up right?")}
+
+
+def _make_parser(command: str) -> Parser:
+    name = os.path.basename(sys.argv[0]) or "skype_webhook.py"
+    parser = Parser(f"{name} {command}" if command != "serve" else name, description=COMMANDS[command][1], allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    if command == "serve":
+        parser.description = (__doc__ or "").partition("\n")[0]
+        parser.epilog = ("commands:\n" + "".join(f"  {name:<10} {text}\n" for name, (_, text) in COMMANDS.items())
+                         + "\nsettings (flag, else environment, else env file):\n"
+                         + "".join(f"  {each.name:<26} {each.flag or each.help}\n" for each in SETTINGS)
+                         + "  SKYPE_API_SECRET_FILE, SKYPE_API_SECRET_PREVIOUS_FILE: files that hold the secrets")
+        parser.add_argument("--version", action="version", version=__version__)
+    if command != "demo":
+        parser.add_argument("--env-file", metavar="FILE", help="settings by name (default: .env, if there)")
+    for setting in SETTINGS:
+        if setting.flag and (command == "serve" or (command, setting.field) in (("demo", "port"), ("timeline", "log"))):
+            if setting.parse is _boolean:
+                parser.add_argument(setting.flag, action="store_const", const="yes", help=setting.help)
+            else:
+                parser.add_argument(setting.flag, metavar=setting.field.rpartition("_")[2].upper(), help=setting.help)
+    if command == "send":
+        parser.add_argument("url", metavar="URL", help="for instance https://localhost:8443/")
+        parser.add_argument("--stage", metavar="NAME", default="SchedulingTime", help="currentStage, for instance " + ", ".join(STAGES))
+        parser.add_argument("--file", metavar="FILE", help="deliver this body instead of a sample event")
+        parser.add_argument("--count", metavar="N", default="1", help="deliveries in all")
+        parser.add_argument("--concurrency", metavar="C", default="1", help="connections at once")
+        parser.add_argument("--ca", metavar="FILE", help="trust this certificate (PEM)")
+        parser.add_argument("--insecure", action="store_true", help="trust any certificate")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code: 0 done, 1 failed while running, 2 wrong usage or settings."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = words.pop(0) if words and words[0] in COMMANDS else "serve"
+    options = _make_parser(command).parse_args(words)
+    try:
+        return COMMANDS[command][0](options)
+    except SettingsError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
