@@ -534,7 +534,10 @@ class Journal:
                 batch, self._pending, self._pending_bytes = self._pending, [], 0
             if not batch:
                 return
-            error = self.final or self._commit(b"".join([entry.line for entry in batch]))
+            try:
+                error = self.final or self._commit(b"".join([entry.line for entry in batch]))
+            except Exception as fault:  # out of memory, or a fault of ours: without this thread nothing can be stored
+                error = self.final = f"{self.path}: {type(fault).__name__}"
             with self._lock:
                 self._failing = error
                 for entry in batch:
@@ -645,9 +648,8 @@ class Journal:
             return
         self._seal_from = size - len(tail)
         with contextlib.suppress(ValueError):
-            if tail.startswith(_LINE_START) and _decode_object(tail, _BODY):
-                self._seal_from = size
-                os.write(self._appender, b"\n")
+            if tail.startswith(_LINE_START) and _decode_object(tail, _BODY) and os.write(self._appender, b"\n"):
+                self._seal_from = None
         self.sealed = len(tail)
 
     def _read(self, count: int) -> bytes:
