@@ -187,6 +187,17 @@ def shared(tmp_path_factory, certificate):
     server.process.wait()
 
 
+def run(*words, cwd, timeout=20, **environment):
+    """Run one command to its end; return (exit code, stdout, stderr)."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SKYPE_", "LISTEN_", "NOTIFY_"))}
+    done = subprocess.run([sys.executable, str(HERE / "skype_webhook.py"), *map(str, words)], cwd=cwd, env={**clean, **environment},
+                          capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+    return done.returncode, done.stdout, done.stderr
+
+
+BOTH = {"SKYPE_API_KEY": KEY, "SKYPE_API_SECRET": "s3cret"}
+
+
 # --- Verification ---
 
 NOW = 1_519_343_720
@@ -540,18 +551,507 @@ def test_the_documented_event_is_recorded_once(serve):
     server = serve()
     body = event()
     assert json.loads(server.deliver(body)[2]) == {"status": "recorded", "id": hashlib.sha256(body).hexdigest()}
-    assert json.loads(server.deliver(body)[2])["status"] == "duplicate"
-    assert server.ids() == [hashlib.sha256(body).hexdigest()]
+    assert json.loads(server.deliver(body)[2]) == {"status": "duplicate", "id": hashlib.sha256(body).hexdigest()}
+    assert [(line["id"], line["data"]) for line in server.lines()] == [(hashlib.sha256(body).hexdigest(), json.loads(body))]
     assert server.stop() == 0
+    assert "1 recorded, 1 duplicate, 0 refused" in server.stderr()
+    assert re.search(r"127\.0\.0\.1:\d+ recorded SchedulingTime [0-9a-f-]{36} [0-9.]+ ms\n", server.stderr())
+    assert SECRET.decode() not in server.stderr() and "eyJ" not in server.stderr()
+
+
+GOOD = "Host: x\r\nAuthorization: {bearer}\r\nContent-Length: 17\r\n"
+# Each row: the head with one thing changed (the body is BODY, signed), and the status of the answer. 200 rows show what must pass.
+FRAMING = {
+    "as it should be": ("POST / HTTP/1.1\r\n" + GOOD, 200),
+    "an empty line before": ("\r\nPOST / HTTP/1.1\r\n" + GOOD, 200),
+    "absolute form": ("POST http://x/ HTTP/1.1\r\n" + GOOD, 200),
+    "absolute form without path": ("POST https://x HTTP/1.1\r\n" + GOOD, 200),
+    "query": ("POST /?a=b HTTP/1.1\r\n" + GOOD, 200),
+    "HTTP/1.0": ("POST / HTTP/1.0\r\n" + GOOD, 200),
+    "HTTP/1.0 without Host": ("POST / HTTP/1.0\r\n" + GOOD[9:], 200),
+    "Host empty": ("POST / HTTP/1.1\r\n" + GOOD.replace("Host: x", "Host:"), 200),
+    "no space after colon": ("POST / HTTP/1.1\r\n" + GOOD.replace(": ", ":"), 200),
+    "zeros before the length": ("POST / HTTP/1.1\r\n" + GOOD.replace("17", "000017"), 200),
+    "Expect": ("POST / HTTP/1.1\r\nExpect: 100-Continue\r\n" + GOOD, 200),
+    "64 fields": ("POST / HTTP/1.1\r\n" + "X: y\r\n" * 61 + GOOD, 200),
+    "65 fields": ("POST / HTTP/1.1\r\n" + "X: y\r\n" * 62 + GOOD, 431),
+    "head over 16 KiB": ("POST / HTTP/1.1\r\nX: " + "y" * 16_384 + "\r\n" + GOOD, 431),
+    "target over 8 KiB": ("POST /" + "a" * 8192 + " HTTP/1.1\r\n" + GOOD, 414),
+    "target over 16 KiB": ("POST /" + "a" * 20_000 + " HTTP/1.1\r\n" + GOOD, 414),
+    "two empty lines before": ("\r\n\r\nPOST / HTTP/1.1\r\n" + GOOD, 400),
+    "two spaces": ("POST  / HTTP/1.1\r\n" + GOOD, 400),
+    "a tab": ("POST\t/ HTTP/1.1\r\n" + GOOD, 400),
+    "a space after": ("POST / HTTP/1.1 \r\n" + GOOD, 400),
+    "no version": ("POST /\r\n" + GOOD, 400),
+    "lower-case version": ("POST / http/1.1\r\n" + GOOD, 400),
+    "HTTP/0.9": ("POST / HTTP/0.9\r\n" + GOOD, 400),
+    "HTTP/1.10": ("POST / HTTP/1.10\r\n" + GOOD, 400),
+    "HTTP/2.0": ("POST / HTTP/2.0\r\n" + GOOD, 505),
+    "non-ASCII target": ("POST /\xe9 HTTP/1.1\r\n" + GOOD, 400),
+    "no Host": ("POST / HTTP/1.1\r\n" + GOOD[9:], 400),
+    "two Hosts": ("POST / HTTP/1.1\r\nHost: x\r\n" + GOOD, 400),
+    "odd Host": ("POST / HTTP/1.1\r\n" + GOOD.replace("Host: x", "Host: x/y"), 400),
+    "two lengths": ("POST / HTTP/1.1\r\nContent-Length: 17\r\n" + GOOD, 400),
+    "two unequal lengths": ("POST / HTTP/1.1\r\nContent-Length: 0\r\n" + GOOD, 400),
+    "length +17": ("POST / HTTP/1.1\r\n" + GOOD.replace("17", "+17"), 400),
+    "length 1_7": ("POST / HTTP/1.1\r\n" + GOOD.replace("17", "1_7"), 400),
+    "length -17": ("POST / HTTP/1.1\r\n" + GOOD.replace("17", "-17"), 400),
+    "length 0x11": ("POST / HTTP/1.1\r\n" + GOOD.replace("17", "0x11"), 400),
+    "length 17, 17": ("POST / HTTP/1.1\r\n" + GOOD.replace("17", "17, 17"), 400),
+    "length empty": ("POST / HTTP/1.1\r\n" + GOOD.replace("17", ""), 400),
+    "length in superscript": ("POST / HTTP/1.1\r\n" + GOOD.replace("17", "1\xb2"), 400),
+    "length over the cap": ("POST / HTTP/1.1\r\n" + GOOD.replace("17", "1048577"), 413),
+    "length of 5000 digits": ("POST / HTTP/1.1\r\n" + GOOD.replace("17", "9" * 5000), 413),
+    "no length": ("POST / HTTP/1.1\r\n" + GOOD.replace("Content-Length: 17\r\n", ""), 411),
+    "length and chunked": ("POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n" + GOOD, 400),
+    "chunked in HTTP/1.0": ("POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n" + GOOD.replace("Content-Length: 17\r\n", ""), 400),
+    "gzip, chunked": ("POST / HTTP/1.1\r\nTransfer-Encoding: gzip, chunked\r\n" + GOOD.replace("Content-Length: 17\r\n", ""), 501),
+    "chunked twice": ("POST / HTTP/1.1\r\n" + "Transfer-Encoding: chunked\r\n" * 2 + GOOD.replace("Content-Length: 17\r\n", ""), 501),
+    "xchunked": ("POST / HTTP/1.1\r\nTransfer-Encoding: xchunked\r\n" + GOOD.replace("Content-Length: 17\r\n", ""), 501),
+    "space before colon": ("POST / HTTP/1.1\r\nX : y\r\n" + GOOD, 400),
+    "line folded": ("POST / HTTP/1.1\r\nX: y\r\n z\r\n" + GOOD, 400),
+    "line without colon": ("POST / HTTP/1.1\r\nX\r\n" + GOOD, 400),
+    "no name": ("POST / HTTP/1.1\r\n: y\r\n" + GOOD, 400),
+    "bare LF": ("POST / HTTP/1.1\r\nX: y\nZ: z\r\n" + GOOD, 400),
+    "LF everywhere": (("POST / HTTP/1.1\r\n" + GOOD).replace("\r\n", "\n") + "\n", 400),
+    "bare CR": ("POST / HTTP/1.1\r\nX: y\rZ: z\r\n" + GOOD, 400),
+    "NUL": ("POST / HTTP/1.1\r\nX: \0\r\n" + GOOD, 400),
+    "DEL": ("POST / HTTP/1.1\r\nX: \x7f\r\n" + GOOD, 400),
+    "another expectation": ("POST / HTTP/1.1\r\nExpect: 200-ok\r\n" + GOOD, 417),
+    "another path": ("POST /x HTTP/1.1\r\n" + GOOD, 404),
+    "GET": ("GET / HTTP/1.1\r\n" + GOOD, 405),
+    "lower-case method": ("post / HTTP/1.1\r\n" + GOOD, 405),
+    "POST to the health check": ("POST /healthz HTTP/1.1\r\n" + GOOD, 405),
+    "two tokens": ("POST / HTTP/1.1\r\nAuthorization: {bearer}\r\n" + GOOD, 401),
+    "no token": ("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 17\r\n", 401),
+    "TLS in TLS": ("\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+}
+
+
+@pytest.mark.parametrize("case", FRAMING)
+def test_framing(shared, case):
+    head, expected = FRAMING[case]
+    head = head.replace("{bearer}", "Bearer " + token(BODY)) + "\r\n"
+    before = shared.log.read_bytes()
+    with Peer(shared.port) as peer:
+        peer.send(head.encode("latin-1") + BODY)
+        status, fields, content = peer.answer()
+        assert status == expected, content
+        if expected >= 400:
+            assert json.loads(content)["status"] == expected and fields["content-type"] == "application/problem+json"
+            assert fields["connection"] == "close" and peer.ended()
+            assert shared.log.read_bytes() == before
+        assert "Python" not in fields["server"]
+    assert shared.deliver(event())[0] == 200
+
+
+CHUNKS = {
+    "one": (b"11\r\n%b\r\n0\r\n\r\n", 200), "upper and lower hex": (b"0011;a=b\r\n%b\r\n000\r\n\r\n", 200),
+    "quoted extension": (b'11 ; a="b;c"\r\n%b\r\n0\r\n\r\n', 200), "trailers": (b"11\r\n%b\r\n0\r\nX: y\r\nZ: z\r\n\r\n", 200),
+    "+11": (b"+11\r\n%b\r\n0\r\n\r\n", 400), "0x11": (b"0x11\r\n%b\r\n0\r\n\r\n", 400), "1_1": (b"1_1\r\n%b\r\n0\r\n\r\n", 400),
+    "space before": (b" 11\r\n%b\r\n0\r\n\r\n", 400), "no size": (b"\r\n%b\r\n0\r\n\r\n", 400), "not hex": (b"1g\r\n%b\r\n0\r\n\r\n", 400),
+    "bare LF after size": (b"11\n%b\r\n0\r\n\r\n", 400), "bare LF after data": (b"11\r\n%b\n0\r\n\r\n", 400),
+    "size too small": (b"10\r\n%b\r\n0\r\n\r\n", 400), "size huge": (b"fffffffffffffffffff\r\n%b", 413),
+    "line over 8 KiB": (b"11;" + b"a" * 9000 + b"\r\n%b\r\n0\r\n\r\n", 400), "trailer folded": (b"11\r\n%b\r\n0\r\nX: y\r\n z\r\n\r\n", 400),
+    "trailer without colon": (b"11\r\n%b\r\n0\r\nX\r\n\r\n", 400), "trailers over 16 KiB": (b"11\r\n%b\r\n0\r\nX: " + b"y" * 17_000 + b"\r\n\r\n", 431),
+    "65 trailers": (b"11\r\n%b\r\n0\r\n" + b"X: y\r\n" * 65 + b"\r\n", 431),
+    "framing over the cap": (b"1;" + b"a" * 8000 + b"\r\n{\r\n", 400),
+}
+
+
+@pytest.mark.parametrize("case", CHUNKS)
+def test_chunks(shared, case):
+    chunks, expected = CHUNKS[case]
+    with Peer(shared.port) as peer:
+        peer.send(post(BODY, "Transfer-Encoding: chunked", length=False)[:-len(BODY)] + chunks.replace(b"%b", BODY))
+        if case == "framing over the cap":
+            peer.send((b"1;" + b"a" * 8000 + b"\r\n \r\n") * 140)
+            expected = 413
+        assert peer.answer()[0] == expected
+    assert shared.deliver(event())[0] == 200
+
+
+def test_a_chunked_body_in_many_pieces_is_the_body(shared):
+    body = event()
+    chunked = b"".join(b"%x\r\n%c\r\n" % (1, byte) for byte in body) + b"0\r\n\r\n"
+    with Peer(shared.port) as peer:
+        head = post(body, "Transfer-Encoding: chunked", length=False)[:-len(body)]
+        for piece in (head[:30], head[30:] + chunked[:7], chunked[7:]):
+            peer.send(piece)
+        assert json.loads(peer.answer()[2])["id"] == hashlib.sha256(body).hexdigest()
+        peer.send(post(event()))
+        assert peer.answer()[0] == 200
+
+
+def test_a_continue_comes_only_after_a_good_head(shared):
+    body = event()
+    with Peer(shared.port) as peer:
+        peer.send(post(body, "Expect: 100-continue")[:-len(body)])
+        assert peer.answer()[0] == 100
+        peer.send(body)
+        assert peer.answer()[0] == 200
+    with Peer(shared.port) as peer:
+        peer.send(post(body, "Expect: 100-continue", authorization="Bearer a.b.c")[:-len(body)])
+        assert peer.answer()[0] == 401 and peer.ended()
+
+
+def test_pipelined_requests_are_answered_in_order(shared):
+    bodies = [event() for _ in range(20)]
+    with Peer(shared.port) as peer:
+        peer.send(b"".join(post(body) for body in bodies) + b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" + b"HEAD /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert [json.loads(peer.answer()[2])["id"] for _ in bodies] == [hashlib.sha256(body).hexdigest() for body in bodies]
+        assert peer.answer()[::2] == (200, b'{"status":"ok"}')
+        status, fields, _ = peer.answer(with_content=False)
+        assert (status, fields["content-length"]) == (200, "15")
+        peer.send(post(b"[]"))
+        assert peer.answer()[0] == 400
+        peer.send(post(event()))
+        assert peer.answer()[0] == 200
+
+
+@pytest.mark.parametrize(("version", "option", "kept"), [("1.1", "", True), ("1.1", "Connection: x, Close\r\n", False), ("1.0", "", False),
+                                                        ("1.0", "Connection: Keep-Alive\r\n", True)])
+def test_connections_are_kept_as_asked(shared, version, option, kept):
+    with Peer(shared.port) as peer:
+        peer.send(f"GET /healthz HTTP/{version}\r\nHost: x\r\n{option}\r\n".encode())
+        assert peer.answer()[0] == 200
+        if not kept:
+            assert peer.ended()
+        peer.send(post(event())) if kept else None
+        assert peer.answer()[0] == (200 if kept else 0)
+
+
+def test_other_methods_and_paths(shared):
+    with Peer(shared.port) as peer:
+        for request, status, allow in (("GET /", 405, "POST"), ("PUT /healthz", 405, "GET, HEAD"), ("GET /events", 404, None), ("GET /x", 404, None)):
+            peer.send(f"{request} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            answer = peer.answer()
+            assert (answer[0], answer[1].get("allow")) == (status, allow)
+
+
+def test_a_refused_sender_of_a_large_body_reads_its_answer(shared):
+    with Peer(shared.port) as peer:
+        peer.send(b"POST / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer a.b.c\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 1_000_000)
+        assert peer.answer()[0] == 401 and peer.ended()
+
+
+def test_plain_http_is_told_to_use_https(shared):
+    with Peer(shared.port, tls=False) as peer:
+        peer.send(b"POST / HTTP/1.1\r\nHost: x\r\n\r\n")
+        status, fields, content = peer.answer()
+        assert (status, fields["content-type"].split(";")[0]) == (400, "text/plain") and b"https" in content
+
+
+def test_a_half_closed_sender_is_answered(shared):
+    with Peer(shared.port) as peer:
+        peer.send(post(event())[:-1])
+        peer.raw = socket.socket.shutdown(peer.socket, socket.SHUT_WR)
+        assert peer.answer()[0] == 400
 
 
 # --- The server ---
 
 
-# --- The live view ---
+def gather(count, act):
+    threads = [threading.Thread(target=act, daemon=True) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def test_mute_peers_keep_nobody_waiting(serve):
+    server = serve()
+    hello = b"\x16\x03\x01\x02\x00\x01"
+    peers = []
+    for number in range(600):
+        peers.append(socket.create_connection(("127.0.0.1", server.port)))
+        if number % 2:
+            with contextlib.suppress(OSError):
+                peers[-1].sendall(hello)
+        if number % 50 == 49:
+            begun = time.monotonic()
+            assert server.deliver(event())[0] == 200
+            assert time.monotonic() - begun < 1
+    assert len(os.listdir(f"/proc/{server.process.pid}/task")) <= 256 + 3
+    for peer in peers:
+        peer.close()
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST / HTTP/1.1\r\nX: ", b"body"], ids=["nothing", "head", "body"])
+def test_a_dripping_peer_has_its_time_in_all(serve, sent):
+    server = serve("--request-timeout", "1")
+    sent = post(event())[:-20] if sent == b"body" else sent
+    begun = time.monotonic()
+    with Peer(server.port) as peer:
+        if sent:
+            peer.send(sent)
+            with contextlib.suppress(OSError):
+                while time.monotonic() - begun < 0.8:
+                    peer.send(b"1")
+                    time.sleep(0.1)  # this peer's drip
+            assert peer.answer()[0] == 408
+        assert peer.answer()[0] == 0
+    assert 0.9 < time.monotonic() - begun < 1.6
+    assert server.deliver(event())[0] == 200
+
+
+def test_an_idle_connection_is_closed_and_a_busy_one_is_not(serve):
+    server = serve("--request-timeout", "0.6")
+    with Peer(server.port) as idle, Peer(server.port) as busy:
+        idle.send(post(event()))
+        assert idle.answer()[0] == 200
+        for _ in range(4):
+            busy.send(post(event()))
+            assert busy.answer()[0] == 200
+            time.sleep(0.4)  # its pause
+        assert idle.answer()[0] == 0
+
+
+def test_a_peer_that_takes_no_answers_is_cut_off(serve):
+    server = serve("--request-timeout", "1")
+    with Peer(server.port) as peer:
+        peer.socket.settimeout(20)
+        with contextlib.suppress(OSError):
+            for _ in range(100_000):
+                peer.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
+    assert server.deliver(event())[0] == 200
+
+
+def test_the_longest_waiting_connection_makes_room(serve):
+    server = serve("--max-connections", "3")
+    peers = [Peer(server.port) for _ in range(3)]
+    peers[0].send(post(event()))
+    assert peers[0].answer()[0] == 200
+    assert server.deliver(event())[0] == 200
+    assert peers[1].ended()
+    for peer in (peers[0], peers[2]):
+        peer.send(post(event()))
+        assert peer.answer()[0] == 200
+        peer.close()
+    peers[1].close()
+
+
+def test_sigkill_under_load_loses_and_doubles_nothing(serve):
+    acknowledged = []
+
+    def send():
+        with contextlib.suppress(OSError, ValueError, AssertionError):
+            while True:
+                with Peer(server.port, timeout=5) as peer:
+                    for _ in range(20):
+                        body = event()
+                        peer.send(post(body))
+                        if peer.answer()[0] != 200:
+                            return
+                        acknowledged.append(hashlib.sha256(body).hexdigest())
+
+    for _ in range(4):
+        server, so_far = serve(), len(acknowledged)
+        senders = gather(8, send)
+        while len(acknowledged) < so_far + 100:
+            time.sleep(0.01)
+        server.process.kill()
+        server.process.wait()
+        for sender in senders:
+            sender.join()
+    serve().stop()
+    ids = server.ids()
+    assert len(ids) == len(set(ids)) and set(acknowledged) <= set(ids)
+
+
+def test_a_full_disk_is_503_until_there_is_space(serve):
+    resource = pytest.importorskip("resource")
+    server = serve()
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+    statuses = [server.deliver(event()) for _ in range(8)]
+    assert [status for status, _, _ in statuses] == sorted(status for status, _, _ in statuses)
+    assert statuses[-1][0] == 503 and statuses[-1][1]["retry-after"]
+    refused = event(metadata="x" * 3000)
+    assert server.deliver(refused)[0] == 503
+    with Peer(server.port) as peer:
+        peer.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert peer.answer()[0] == 503
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        peer.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert peer.answer()[0] == 200
+    assert json.loads(server.deliver(refused)[2])["status"] == "recorded"
+    assert len(server.ids()) == sum(status == 200 for status, _, _ in statuses) + 1
+    assert server.stop() == 0
+
+
+def test_sigterm_answers_what_was_sent_whole(serve):
+    server = serve()
+    with Peer(server.port) as whole, Peer(server.port) as half, Peer(server.port) as idle:
+        for peer in (whole, half, idle):
+            peer.send(post(event()))
+            assert peer.answer()[0] == 200
+        half.send(post(event())[:-1])
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("stopping")
+        whole.send(post(event()) * 2 + post(event()))
+        assert [whole.answer()[0] for _ in range(3)] == [200] * 3
+        assert whole.answer()[0] == idle.answer()[0] == 0
+        assert half.answer()[0] == 503
+    assert server.stop() == 0
+    assert "5 recorded, 1 duplicate, 1 refused" in server.stderr()
+
+
+def test_a_changed_certificate_is_served_and_a_bad_one_is_not(serve, certificate, tmp_path):
+    cert, key = tmp_path / "c.pem", tmp_path / "k.pem"
+    for source, copy in zip(certificate, (cert, key)):
+        copy.write_bytes(pathlib.Path(source).read_bytes())
+    server = serve("--cert", str(cert), "--key", str(key))
+
+    def served():
+        with Peer(server.port) as peer:
+            return peer.socket.getpeercert(binary_form=True)
+
+    first = served()
+    (tmp_path / "new").mkdir()
+    new = [pathlib.Path(path) for path in sw.make_certificate(str(tmp_path / "new"))]
+    new[0].replace(cert)
+    server.wait_for("do not belong together; the old certificate stays")
+    assert served() == first
+    new[1].replace(key)
+    server.wait_for("the new certificate")
+    assert served() != first and server.deliver(event())[0] == 200
+
+
+def test_sighup_reads_the_secrets_again(serve, tmp_path):
+    env = tmp_path / "skype.env"
+    env.write_text(f"SKYPE_API_SECRET={SECRET.decode()}\n")
+    server = serve("--env-file", str(env), SKYPE_API_SECRET="")
+    body = event()
+    env.write_text(f"SKYPE_API_SECRET=new\nSKYPE_API_SECRET_PREVIOUS={SECRET.decode()}\n")
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_for("read again")
+    assert server.deliver(body)[0] == server.deliver(body, authorization="Bearer " + token(body, secret=b"new"))[0] == 200
+    env.write_text("SKYPE_API_SECRET=newest\nSKYPE_LEEWAY=x\n")
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_for("the old settings stay")
+    assert server.deliver(event())[0] == 200
+
+
+def test_behind_a_proxy_the_address_that_it_saw_is_named(serve):
+    server = serve("--behind-proxy")
+    assert server.deliver(event(), "X-Forwarded-For: 198.51.100.1, 203.0.113.9", tls=False)[0] == 200
+    assert server.deliver(event(), "X-Forwarded-For: 203.0.113.9, evil\x1b[2J", tls=False)[0] == 400
+    assert server.deliver(event(), "X-Forwarded-For: nonsense", tls=False)[0] == 200
+    server.wait_for(r" 203\.0\.113\.9 recorded (.|\n)* 127\.0\.0\.1:\d+ recorded ")
 
 
 # --- Sender and timeline ---
 
 
+def test_send_delivers_and_says_what_became_of_it(serve, certificate, tmp_path):
+    server = serve()
+    url, both = f"https://localhost:{server.port}/", {"SKYPE_API_KEY": KEY, "SKYPE_API_SECRET": SECRET.decode()}
+    code, out, _ = run("send", url, "--ca", certificate[0], "--stage", "InterviewStarted", cwd=tmp_path, **both)
+    assert code == 0 and out.startswith("recorded ") and server.lines()[-1]["data"]["currentStage"]["value"] == "InterviewStarted"
+    (tmp_path / "event.json").write_bytes(body := event())
+    assert run("send", url, "--insecure", "--file", "event.json", cwd=tmp_path, **both)[0] == 0
+    assert server.ids()[-1] == hashlib.sha256(body).hexdigest()
+    code, out, _ = run("send", url, "--insecure", "--count", 50, "--concurrency", 4, cwd=tmp_path, **both)
+    assert code == 0 and "50 delivered, 0 refused" in out and len(server.ids()) == 52
+    code, _, err = run("send", url, cwd=tmp_path, **both)
+    assert code == 1 and "--ca" in err
+    code, _, err = run("send", url, "--insecure", cwd=tmp_path, **BOTH)
+    assert code == 1 and "401" in err and "signature" in err
+    server.stop()
+    code, _, err = run("send", url, "--insecure", cwd=tmp_path, **both)
+    assert code == 1 and "refused" in err and "Traceback" not in err
+
+
+def test_demo_delivers_to_itself_and_ends_with_0(tmp_path):
+    demo = subprocess.Popen([sys.executable, str(HERE / "skype_webhook.py"), "demo"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "TMPDIR": str(tmp_path)}, text=True)
+    said = [demo.stdout.readline() for _ in range(9)]
+    demo.send_signal(signal.SIGINT)
+    out, err = demo.communicate(timeout=20)
+    assert demo.returncode == 0 and "200 recorded" in said[0] and json.loads(said[3])["data"]["currentStage"]["value"] == "SchedulingTime"
+    assert "1 recorded" in err and "Traceback" not in out + err
+
+
 # --- Settings and the command line ---
+
+
+# Each row: what differs from a good start (flags, environment), and what the one line has to hold.
+WRONG_STARTS = [
+    (["--cert", ""], {}, "--cert"), (["--key", ""], {}, "--key"), (["--cert", "missing.pem"], {}, "missing.pem"),
+    (["--cert", "KEY"], {}, "certificate"), (["--key", "CERT"], {}, "private key"), (["--key", "OTHER"], {}, "do not belong together"),
+    (["--key", "LOCKED"], {}, "encrypted"), (["--port", "65536"], {}, "--port"), (["--port", "8_0"], {}, "--port"), (["--port", "\u0663"], {}, "--port"),
+    (["--leeway", "-1"], {}, "--leeway"), (["--max-body", "0"], {}, "--max-body"), (["--max-connections", "x"], {}, "--max-connections"),
+    (["--request-timeout", "0"], {}, "--request-timeout"), (["--path", "hook"], {}, "--path"), (["--path", "/healthz"], {}, "--path"),
+    (["--host", "192.0.2.1"], {}, "--host"), (["--host", "no.such.host.invalid"], {}, "no.such.host"), (["--log", "/dev/null"], {}, "regular file"),
+    (["--log", "no/folder/log"], {}, "No such file"), (["--env-file", "missing.env"], {}, "missing.env"), (["--env-file", "bad.env"], {}, "line 2"),
+    (["--behind-proxy"], {}, "--behind-proxy"), (["--frobnicate"], {}, "--frobnicate"), (["--por", "1"], {}, "--por"), (["extra"], {}, "extra"),
+    ([], {"SKYPE_API_KEY": ""}, "SKYPE_API_KEY"), ([], {"SKYPE_API_SECRET": ""}, "SKYPE_API_SECRET"),
+    ([], {"SKYPE_API_KEY": "paste-your-api-key-here"}, "placeholder"), ([], {"SKYPE_API_SECRET": "paste-your-api-secret-here"}, "placeholder"),
+    ([], {"SKYPE_API_SECRET_FILE": "secret"}, "both"), ([], {"SKYPE_API_SECRET": "", "SKYPE_API_SECRET_FILE": "missing"}, "missing"),
+    ([], {"SKYPE_API_SECRET": "", "SKYPE_API_SECRET_FILE": "empty"}, "empty"), ([], {"SKYPE_API_KEY_PREVIOUS": "x"}, "PREVIOUS"),
+    ([], {"SKYPE_BEHIND_PROXY": "maybe"}, "--behind-proxy"), ([], {"SKYPE_PORT": "1e3"}, "--port"), ([], {"LISTEN_FDS": "x", "LISTEN_PID": "self"}, "LISTEN_FDS"),
+]
+
+
+@pytest.mark.parametrize(("flags", "environment", "word"), WRONG_STARTS, ids=lambda value: str(value)[:40])
+def test_a_wrong_start_ends_with_one_line(tmp_path, certificate, flags, environment, word):
+    if "OTHER" in flags or "LOCKED" in flags:
+        other = sw.make_certificate(str(tmp_path))
+        subprocess.run(["openssl", "pkey", "-in", other[1], "-aes128", "-passout", "pass:x", "-out", str(tmp_path / "locked")], check=True)
+    (tmp_path / "bad.env").write_text("A=b\nnonsense\n")
+    (tmp_path / "empty").write_text("\n")
+    names = {"CERT": certificate[0], "KEY": certificate[1], "OTHER": tmp_path / "key.pem", "LOCKED": tmp_path / "locked"}
+    environment = {**BOTH, **environment}
+    words = ["--cert", certificate[0], "--key", certificate[1], "--port", "0", *(names.get(flag, flag) for flag in flags)]
+    if environment.get("LISTEN_PID") == "self":
+        pytest.skip("needs a pid known before exec; see the operations section")
+    code, out, err = run(*words, cwd=tmp_path, **environment)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and word in err and "Traceback" not in err and "s3cret" not in err
+
+
+def test_a_second_receiver_on_the_same_log_or_port_is_refused(serve, certificate, tmp_path):
+    server = serve()
+    words = ["--cert", certificate[0], "--key", certificate[1], "--host", "127.0.0.1"]
+    assert "another process" in run(*words, "--log", server.log, "--port", 0, cwd=tmp_path, **BOTH)[2]
+    code, _, err = run(*words, "--log", "other.jsonl", "--port", server.port, cwd=tmp_path, **BOTH)
+    assert code == 2 and "in use" in err and str(server.port) in err
+
+
+def options(*words):
+    return sw._make_parser("serve").parse_args(list(words))
+
+
+def test_flags_win_over_the_environment_and_that_over_the_env_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in sw.NAMES:
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / ".env").write_text("# a comment\n\nSKYPE_API_KEY='from file'\nSKYPE_API_SECRET=\"s\"\nSKYPE_PORT=1\nSKYPE_PATH=/file\nSKYPE_LOG=f\n"
+                                   "SKYPE_API_SECRET_PREVIOUS=old\n")
+    monkeypatch.setenv("SKYPE_PORT", "2")
+    monkeypatch.setenv("SKYPE_PATH", "/environment")
+    monkeypatch.setenv("SKYPE_LOG", "")
+    settings = sw.load_settings(options("--port", "3", "--behind-proxy"))
+    assert (settings.port, settings.path, settings.log, settings.host) == (3, "/environment", "f", "127.0.0.1")
+    assert settings.credentials == (sw.Credential("from file", b"s"), sw.Credential("from file", b"old"))
+    (tmp_path / "secret").write_bytes(b"in a file\r\n")
+    monkeypatch.setenv("SKYPE_API_SECRET_FILE", "secret")
+    assert sw.load_settings(options("--behind-proxy")).credentials[0].api_secret == b"in a file"
+
+
+def test_an_env_file_that_others_can_read_and_an_unknown_setting_are_warned_about(serve, tmp_path):
+    (tmp_path / "open.env").write_text("SKYPE_PROT=1\n")
+    (tmp_path / "open.env").chmod(0o644)
+    server = serve("--env-file", "open.env")
+    assert "chmod 600 open.env" in server.stderr() and "SKYPE_PROT" in server.stderr()
+
+
+def test_every_setting_is_documented_and_the_placeholders_are_refused(tmp_path):
+    code, out, _ = run("--help", cwd=tmp_path)
+    example = (HERE / "example.env").read_text()
+    for name in sw.NAMES:
+        assert code == 0 and name in out and name in (HERE / "README.md").read_text() and re.search(rf"^#?{name}=", example, re.M)
+    for setting in sw.SETTINGS:
+        assert not setting.flag or setting.flag in out
+    code, _, err = run("--env-file", HERE / "example.env", "--behind-proxy", "--port", 0, cwd=tmp_path)
+    assert code == 2 and "placeholder" in err
