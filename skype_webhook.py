@@ -619,7 +619,8 @@ class Journal:
                 fcntl.flock(self._appender, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise JournalError("another process has it open and locked; stop that one, or choose another log") from None
-        self._file = open(self.path, "r+b", buffering=0)  # Linux appends even a pwrite to an O_APPEND file
+        # A second descriptor to seal by: Linux appends even a pwrite to an O_APPEND file.
+        self._file = os.fdopen(os.open(self.path, os.O_RDWR | getattr(os, "O_BINARY", 0)), "r+b", 0)
         self._identity = (status.st_dev, status.st_ino)
         if created and hasattr(os, "O_DIRECTORY"):
             folder = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY | os.O_DIRECTORY)
@@ -985,7 +986,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 section, self.buffer = self.buffer[:end], self.buffer[end + 4:]
                 return section
             if len(self.buffer) > HEAD_LIMIT:
-                _parse_request_line(self.buffer.partition(b"\r\n")[0])
+                if not self.buffer.startswith(b"\r\n"):  # a head, not trailers: is it the target that is too long?
+                    _parse_request_line(self.buffer.partition(b"\r\n")[0])
                 raise Rejected(431, f"the head is longer than {HEAD_LIMIT} bytes")
             if _BARE.search(self.buffer, scanned):
                 raise Rejected(400, "the head has a bare CR or LF, or a NUL (RFC 9112 section 2.2)")
@@ -1788,6 +1790,20 @@ def deliver_all(sender: Sender, turns: Iterator[int], body: Callable[[], bytes],
         tally.add(status, answer, (time.perf_counter() - begun) * 1000)
 
 
+def deliver_by_all(senders: Sequence[Sender], count: int, body: Callable[[], bytes]) -> Tally:
+    """Deliver `count` events, each sender in a thread of its own, with a line of progress on a terminal."""
+    tally, turns = Tally(), iter(range(count))
+    threads = [threading.Thread(target=deliver_all, args=(sender, turns, body, tally), daemon=True) for sender in senders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(0.5)
+            if count > 1 and sys.stderr.isatty():
+                sys.stderr.write(f"\r{len(tally.taken)} of {count} delivered \r")
+    return tally
+
+
 def send(options: argparse.Namespace) -> int:
     """Sign and deliver sample events, or one from a file; return 0 if all were taken."""
     credential = _credentials(_parse(_load_texts(options)))[0]
@@ -1805,21 +1821,13 @@ def send(options: argparse.Namespace) -> int:
     def body() -> bytes:
         return sample_event(options.stage, str(uuid.uuid4()), time.time()) if stored is None else stored
 
-    tally, turns = Tally(), iter(range(count))
     senders = [Sender(options.url, credential, context) for _ in range(min(count, concurrency))]
-    threads = [threading.Thread(target=deliver_all, args=(sender, turns, body, tally), daemon=True) for sender in senders]
     begun, busy = time.perf_counter(), time.process_time()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        while thread.is_alive():
-            thread.join(0.5)
-            if sys.stderr.isatty() and count > 1:
-                sys.stderr.write(f"\r{len(tally.taken)} of {count} delivered \r")
-    if count == 1 and not tally.refused:
-        print(f"{tally.last.get('status')} {tally.last.get('id')} in {tally.taken[0]:.1f} ms")
-    elif count > 1:
+    tally = deliver_by_all(senders, count, body)
+    if count > 1:
         print(tally.describe(time.perf_counter() - begun, time.process_time() - busy))
+    elif tally.taken:
+        print(f"{tally.last.get('status')} {tally.last.get('id')} in {tally.taken[0]:.1f} ms")
     if tally.refused:
         print(f"error: {tally.trouble}", file=sys.stderr)
     return 1 if tally.refused else 0
