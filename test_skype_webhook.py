@@ -191,7 +191,7 @@ def run(*words, cwd, timeout=20, **environment):
     """Run one command to its end; return (exit code, stdout, stderr)."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SKYPE_", "LISTEN_", "NOTIFY_"))}
     done = subprocess.run([sys.executable, str(HERE / "skype_webhook.py"), *map(str, words)], cwd=cwd, env={**clean, **environment},
-                          capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+                          capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -990,7 +990,7 @@ WRONG_STARTS = [
     ([], {"SKYPE_API_KEY": "paste-your-api-key-here"}, "placeholder"), ([], {"SKYPE_API_SECRET": "paste-your-api-secret-here"}, "placeholder"),
     ([], {"SKYPE_API_SECRET_FILE": "secret"}, "both"), ([], {"SKYPE_API_SECRET": "", "SKYPE_API_SECRET_FILE": "missing"}, "missing"),
     ([], {"SKYPE_API_SECRET": "", "SKYPE_API_SECRET_FILE": "empty"}, "empty"), ([], {"SKYPE_API_KEY_PREVIOUS": "x"}, "PREVIOUS"),
-    ([], {"SKYPE_BEHIND_PROXY": "maybe"}, "--behind-proxy"), ([], {"SKYPE_PORT": "1e3"}, "--port"),
+    ([], {"SKYPE_BEHIND_PROXY": "maybe"}, "--behind-proxy"), ([], {"SKYPE_LEEWAY": "1e3"}, "--leeway"),
 ]
 
 
@@ -1000,6 +1000,7 @@ def test_a_wrong_start_ends_with_one_line(tmp_path, certificate, flags, environm
         other = sw.make_certificate(str(tmp_path))
         subprocess.run(["openssl", "pkey", "-in", other[1], "-aes128", "-passout", "pass:x", "-out", str(tmp_path / "locked")], check=True)
     (tmp_path / "bad.env").write_text("A=b\nnonsense\n")
+    (tmp_path / "bad.env").chmod(0o600)
     (tmp_path / "empty").write_text("\n")
     names = {"CERT": certificate[0], "KEY": certificate[1], "OTHER": tmp_path / "key.pem", "LOCKED": tmp_path / "locked"}
     environment = {**BOTH, **environment}
@@ -1019,8 +1020,8 @@ def test_a_second_receiver_on_the_same_log_or_port_is_refused(serve, certificate
 @pytest.mark.parametrize(("count", "word"), [("1", "listening on"), ("x", "LISTEN_FDS"), ("2", "LISTEN_FDS")])
 def test_listening_sockets_are_taken_over(tmp_path, certificate, count, word):
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        words = ["sh", "-c", 'exec 3<&"$0"; export LISTEN_PID=$$; exec "$@"', str(listener.fileno()), sys.executable,
-                 str(HERE / "skype_webhook.py"), "--cert", certificate[0], "--key", certificate[1]]
+        words = [sys.executable, "-c", "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid());"
+                 "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])", str(listener.fileno()), str(HERE / "skype_webhook.py"), "--cert", certificate[0], "--key", certificate[1]]
         process = subprocess.Popen(words, cwd=tmp_path, env={**os.environ, **BOTH, "LISTEN_FDS": count}, stderr=subprocess.PIPE, text=True,
                                    pass_fds=[listener.fileno()])
         first = process.stderr.readline()
