@@ -2060,7 +2060,7 @@ def _text_of(body: dict[str, Any], name: str) -> str | None:
 
 def as_json(code: str, steps: Sequence[Step]) -> str:
     """Return an interview as one JSON object: its stage, and its events in their own order."""
-    events = []
+    events: list[dict[str, Any]] = []
     for step, after in zip(steps, [*steps[1:], None]):
         events.append({"time": _utc(step.seconds, step.nanos), "stage": step.stage, "previous": step.previous})
         if after:
