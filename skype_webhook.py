@@ -1984,6 +1984,18 @@ def _local(seconds: int) -> str:
     return f"{hour}{minute + seconds % 900 // 60:02d}:{seconds % 60:02d}"
 
 
+_second = lru_cache(maxsize=4096)(lambda text: parse_time(text + "Z") // 10**9)
+_LINES = json.JSONDecoder(parse_int=float)
+
+
+def _instant(text: str) -> tuple[int, int]:
+    """Return seconds since 1970 and nanoseconds; a second that was seen just before is not parsed again."""
+    digits = text[20:-1]
+    if text[19:20] == "." and text[-1] == "Z" and digits.isdigit() and digits.isascii():
+        return _second(text[:19]), int(digits.ljust(9, "0")[:9])
+    return divmod(parse_time(text), 10**9)
+
+
 def _utc(seconds: int, nanos: int) -> str:
     return f"{(_EPOCH + timedelta(seconds=seconds)).isoformat()}{f'.{nanos:09d}'.rstrip('0').rstrip('.')}Z"
 
@@ -2011,12 +2023,13 @@ class Course:
     def add(self, line: bytes, only: str | None) -> str | None:
         """Add one line of a log; return the interview's code, or None if it was skipped."""
         try:
-            event = json.loads(line)
+            event = _LINES.decode(line.decode("utf-8"))
             body = event["data"] if "data" in event else json.loads(base64.b64decode(event["data_base64"]))
             code = event.get("subject") or "-"
             number = int(event["id"][:15], 16)
-            recorded = parse_time(event["recordedtime"]) // 1000
-            when = parse_time(event["time"]) if "time" in event else recorded * 1000
+            seconds, nanos = recorded = _instant(event["recordedtime"])
+            if "time" in event:
+                seconds, nanos = _instant(event["time"])
             pair = (_text_of(body, "previousStage"), _text_of(body, "currentStage"))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
             self.foreign += bool(line.strip())
@@ -2027,7 +2040,7 @@ class Course:
         index = self.stages.setdefault(pair, len(self.pairs))
         if index == len(self.pairs):
             self.pairs.append(pair)
-        self.events.setdefault(code, array("q")).extend((*divmod(when, 10**9), recorded, number, index))
+        self.events.setdefault(code, array("q")).extend((seconds, nanos, recorded[0] * 10**6 + recorded[1] // 1000, number, index))
         return str(code)
 
     def steps(self, code: str) -> list[Step]:
