@@ -28,6 +28,7 @@ import hashlib
 import hmac
 import http.client
 import http.server
+import io
 import ipaddress
 import json
 import json.encoder
@@ -37,6 +38,7 @@ import pathlib
 import re
 import secrets
 import selectors
+import shutil
 import signal
 import socket
 import socketserver
@@ -50,13 +52,14 @@ import time
 import traceback
 import urllib.parse
 import uuid
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 try:
     import fcntl
@@ -84,6 +87,12 @@ STOP_GRACE = 1.0                  # of which senders may use that much to finish
 LOOK_SECONDS = 2.0                # between two looks at the certificate's files
 CLOCK_HINT = 300.0                # seconds; a token this near its time was refused for a wrong clock
 READ_SIZE = 16 * 1024             # bytes; one TLS record
+VIEWERS = 16                      # live views at once, besides the connections: people, not senders
+VIEW_BYTES = 256 * 1024           # of the log that a new viewer gets: some four hundred events
+VIEW_PAUSE = 0.1                  # seconds between two looks of a viewer, however many events come
+HEARTBEAT_SECONDS = 15.0          # of silence on an event stream; proxies close it after 60
+WRONG_PASSWORDS = 10              # a minute from one address; the next attempts are not even looked at
+WRONG_ADDRESSES = 1000            # a minute; so ten thousand guesses a minute, from wherever
 BACKLOG = 1024                    # connections the kernel keeps for us while we accept
 
 STAGES = {
@@ -312,6 +321,11 @@ _RFC3339 = re.compile(r"(\d{4}-\d\d-\d\d)[Tt](\d\d:\d\d):(\d\d)(?:\.(\d+))?(?:[Z
 _EPOCH = datetime(1970, 1, 1)
 
 
+@lru_cache(maxsize=4096)  # a log's times are near each other: `timeline` reads a million of them
+def _minute(text: str) -> int:
+    return (datetime.fromisoformat(text) - _EPOCH) // timedelta(minutes=1)
+
+
 def parse_time(text: str) -> int:
     """Return an RFC 3339 time as nanoseconds since 1970 (UTC); raise ValueError."""
     match = _RFC3339.fullmatch(text)
@@ -320,9 +334,8 @@ def parse_time(text: str) -> int:
     day, minute, second, fraction, sign_, hours, minutes = match.groups()
     if int(second) > 60 or int(hours or 0) > 23 or int(minutes or 0) > 59:
         raise ValueError("not an RFC 3339 time")
-    moment = datetime.fromisoformat(f"{day}T{minute}") - _EPOCH
-    offset = timedelta(hours=int(hours or 0), minutes=int(minutes or 0)) * (-1 if sign_ == "-" else 1)
-    seconds = (moment - offset) // timedelta(seconds=1) + int(second)
+    offset = (int(hours or 0) * 60 + int(minutes or 0)) * (-1 if sign_ == "-" else 1)
+    seconds = (_minute(f"{day}T{minute}") - offset) * 60 + int(second)
     return seconds * 10**9 + int(((fraction or "") + "0" * 9)[:9])
 
 
@@ -455,6 +468,7 @@ class Journal:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self.on_final: Callable[[], None] = lambda: None  # called when a sync failed: the process has to end
+        self.on_commit: Callable[[], None] = lambda: None  # called when a batch has been written: viewers wait for it
         self.sealed = 0                                   # bytes of a torn tail found at the start
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
@@ -547,6 +561,7 @@ class Journal:
             for entry in batch:
                 entry.error = error
                 entry.settled.release()
+            self.on_commit()
             if self.final:
                 self.on_final()
 
@@ -698,7 +713,7 @@ _TOKEN_CHARS = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN_CHARS + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")
 _FIELD_LINE = re.compile(_TOKEN_CHARS + rb":[\t -~\x80-\xff]*")  # no space before the colon, no fold, no bare CR, LF or NUL
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+;=-]*)(?::[0-9]*)?")
-_PATH = re.compile(r"(?:https?://[^/?#]+)?([^?]*)", re.IGNORECASE)
+_PATH = re.compile(r"(?:https?://[^/?#]+)?([^?]*)\??(.*)", re.IGNORECASE)
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)(?:[ \t]*;[\t -~\x80-\xff]*)?")
 _BARE = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|\x00")
 CHUNKED = -1
@@ -712,6 +727,7 @@ class Head(NamedTuple):
     minor: int
     fields: dict[str, str]
     length: int | None
+    query: str = ""
 
     def persistent(self) -> bool:
         """Tell whether the sender wants to keep the connection (RFC 9112 section 9.3)."""
@@ -753,8 +769,8 @@ def _body_length(fields: dict[str, str], minor: int) -> int | None:
     return int(digits or "0") if len(digits) < 19 else sys.maxsize
 
 
-def _parse_request_line(line: bytes) -> tuple[str, str, int]:
-    """Return method, path and minor version (RFC 9112 section 3)."""
+def _parse_request_line(line: bytes) -> tuple[str, str, str, int]:
+    """Return method, path, query and minor version (RFC 9112 section 3)."""
     words = line.split(b" ")
     if len(words) > 1 and len(words[1]) > TARGET_LIMIT:
         raise Rejected(414, f"the request target is longer than {TARGET_LIMIT} bytes")
@@ -765,20 +781,20 @@ def _parse_request_line(line: bytes) -> tuple[str, str, int]:
     if major != b"1":
         raise Rejected(505 if major >= b"2" else 400, "only HTTP/1.1 and HTTP/1.0 are spoken here")
     path = _PATH.match(target.decode("ascii"))
-    return method.decode("ascii"), path and path[1] or "/", min(int(minor), 1)
+    return method.decode("ascii"), path and path[1] or "/", path[2] if path else "", min(int(minor), 1)
 
 
 def parse_head(data: bytes) -> Head:
     """Parse a request head, without the CRLF of its last line and the empty line (RFC 9112); raise Rejected."""
     lines = data.split(b"\r\n")
-    method, path, minor = _parse_request_line(lines[0])
+    method, path, query, minor = _parse_request_line(lines[0])
     fields = _parse_fields(lines[1:])
     if minor and "host" not in fields or not _HOST.fullmatch(fields.get("host", "")):
         raise Rejected(400, "exactly one valid Host field is needed (RFC 9112 section 3.2)")
     length = _body_length(fields, minor)
     if fields.get("expect", "100-continue").lower() != "100-continue":
         raise Rejected(417, "the only expectation known here is 100-continue")
-    return Head(method, path, minor, fields, length)
+    return Head(method, path, minor, fields, length, query)
 
 
 def parse_chunk_size(line: bytes) -> int:
@@ -797,12 +813,16 @@ def _http_date(second: int) -> str:
     return formatdate(second, usegmt=True)
 
 
-def format_answer(status: int, content: bytes, media_type: str, fields: Sequence[tuple[str, str]], with_content: bool = True) -> bytes:
-    """Return an answer as bytes, to be sent by one write: two would wait for each other (Nagle, 40 ms)."""
+def format_answer(status: int, content: bytes | None, media_type: str, fields: Sequence[tuple[str, str]],
+                  with_content: bool = True) -> bytes:
+    """Return an answer as bytes, to be sent by one write: two would wait for each other (Nagle, 40 ms).
+
+    Where `content` is None, it follows, and ends with the connection."""
+    length = "" if content is None else f"Content-Length: {len(content)}\r\n"
     more = "".join([f"{name}: {value}\r\n" for name, value in fields])
     head = (f"HTTP/1.1 {status} {_REASONS[status]}\r\nServer: skype_webhook\r\nDate: {_http_date(int(time.time()))}\r\n"
-            f"Content-Type: {media_type}\r\nContent-Length: {len(content)}\r\n{more}\r\n")
-    return head.encode("latin-1") + (content if with_content else b"")
+            f"Content-Type: {media_type}\r\n{length}{more}\r\n")
+    return head.encode("latin-1") + (content if content and with_content else b"")
 
 
 # --- One connection: its socket, and the handler of its requests ---
@@ -1194,14 +1214,16 @@ class Receiver(socketserver.BaseServer):
         self.journal = journal
         self.listeners, self.inherited = listeners, inherited
         self.on_hangup: Callable[[], None] = lambda: None
-        self.adopt(settings, certificate)
         self.stopping = False
         self.changed = threading.Condition()
         self.connections: set[Connection] = set()
+        self.viewers: set[Viewer] = set()
+        self.wrong = WrongPasswords()
+        self.adopt(settings, certificate)
         self.counts = {"recorded": 0, "duplicate": 0, "refused": 0}
         self.next_sweep = 0.0
         self.next_complaint = 0.0
-        self.pool = concurrent.futures.ThreadPoolExecutor(settings.max_connections, "connection")
+        self.pool = concurrent.futures.ThreadPoolExecutor(settings.max_connections + VIEWERS, "connection")
         self.alarm, self.bell = socket.socketpair()
         self.selector = selectors.DefaultSelector()
         for listener in listeners:
@@ -1211,18 +1233,27 @@ class Receiver(socketserver.BaseServer):
             end.setblocking(False)
         self.selector.register(self.alarm, selectors.EVENT_READ)
         journal.on_final = self.wake
+        journal.on_commit = self.wake_viewers
 
     def adopt(self, settings: Settings, certificate: Certificate | None) -> None:
         """Serve the requests to come by these settings, and the connections to come with this certificate."""
         self.settings, self.certificate = settings, certificate
         self.routes: dict[str, dict[str, Callable[[Handler, Head], None]]] = {
             "/healthz": {"GET": Handler.answer_health, "HEAD": Handler.answer_health}}
+        if settings.view_password:
+            self.routes.update({"/": {"GET": show_page, "HEAD": show_page}, "/events": {"GET": show_events, "HEAD": show_events}})
         self.routes.setdefault(settings.path, {})["POST"] = Handler.do_POST
+        self.wake_viewers()  # those who came by another password have to leave
 
     def wake(self) -> None:
         """Wake the accepting loop from another thread."""
         with contextlib.suppress(OSError):
             self.bell.send(b"\0")
+
+    def wake_viewers(self) -> None:
+        """Let the viewers look at the log. Called after every batch, so it has to cost nothing where there are none."""
+        for viewer in tuple(self.viewers):
+            viewer.wake.set()
 
     def serve_forever(self, poll_interval: float = 2.0) -> None:
         """Accept until `stopping`; every `poll_interval` seconds at the latest, see what is due."""
@@ -1352,6 +1383,10 @@ class Receiver(socketserver.BaseServer):
 
     def stop(self) -> None:
         """Answer what has been sent whole, then end all connections; within STOP_SECONDS and some."""
+        with self.changed:
+            for viewer in self.viewers:
+                viewer.link.cut()
+        self.wake_viewers()
         end, grace = time.monotonic() + STOP_SECONDS, time.monotonic() + STOP_GRACE
         for listener in self.listeners:
             while not self.inherited and self.accept(listener):
@@ -1417,6 +1452,481 @@ def notify(state: str) -> None:
             tell(f"warning: NOTIFY_SOCKET {path}: {error.strerror}; systemd was not told {state.partition(chr(10))[0]}")
 
 
+# --- The live view: one page, and the log as an event stream for those who know the password ---
+
+
+class Tail:
+    """The log as a reader follows it: whole lines only, over rotation, copytruncate and removal.
+
+    The journal never writes to a file again once it has written to the next one. So when another file at the path
+    holds anything, what the old one holds is all: it is read to its end, and left.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.file: BinaryIO | None = None
+        self.offset = self.turns = self.identity = 0  # turns: how often the log began anew
+        self.open(path)
+
+    def open(self, path: str) -> None:
+        """Begin at the start of this file, if it is there."""
+        with contextlib.suppress(OSError):
+            file = open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+            self.close()
+            self.file, self.offset, self.identity = file, 0, os.fstat(file.fileno()).st_ino
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+            self.file = None
+
+    def size(self) -> int:
+        return os.fstat(self.file.fileno()).st_size if self.file else 0
+
+    def read(self) -> bytes:
+        """Return the next whole lines, b"" if there are none yet. A part of a line is read again: it may be blanked."""
+        length = VIEW_BYTES
+        while self.file:
+            self.file.seek(self.offset)
+            data = self.file.read(length)
+            end = data.rfind(b"\n") + 1
+            self.offset += end
+            if end or len(data) < length:
+                return data[:end]
+            length *= 2
+        return b""
+
+    def poll(self) -> Iterator[bytes]:
+        """Yield what is new, some hundred whole lines at a time; `turns` has grown where a file's first follow."""
+        while True:
+            moved = self._has_moved()  # looked at first: what is read then is all that the old file will ever hold
+            while data := self.read():
+                yield data
+            if not moved:
+                return
+            self.open(self.path)
+            self.turns += 1
+
+    def _has_moved(self) -> bool:
+        try:
+            now = os.stat(self.path)
+        except OSError:
+            return False
+        if self.file is None or now.st_ino != self.identity:
+            return now.st_size > 0 and stat.S_ISREG(now.st_mode)
+        return now.st_size < self.offset
+
+    def choose(self, identity: str) -> bool:
+        """Open the file with this inode number instead, if it is the log, or one that the log was rotated to."""
+        folder, name = os.path.split(self.path)
+        with contextlib.suppress(OSError), os.scandir(folder or ".") as entries:
+            for entry in entries:
+                if entry.name.startswith(name) and str(entry.inode()) == identity and entry.is_file():
+                    self.open(entry.path)
+        return str(self.identity) == identity
+
+    def page_before(self, end: int) -> int:
+        """Return where the whole lines begin that fill VIEW_BYTES before `end`."""
+        length = VIEW_BYTES
+        while self.file and length < end:
+            self.file.seek(end - length)
+            cut = self.file.read(length - 1).find(b"\n") + 1
+            if cut:
+                return end - length + cut
+            length *= 2
+        return 0
+
+
+class WrongPasswords:
+    """Wrong passwords by address in the present minute. Who has had ten is refused unread, a right one too: else
+    guessing would go on at full speed. Pages that are open stay so; a limit for all would let anyone lock all out."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.minute, self.counts = 0, {}  # type: int, dict[str, int]
+
+    def check(self, address: str, wrong: int) -> None:
+        """Add `wrong` to the count of this address; raise Rejected(429) if it has had its share."""
+        now = time.monotonic()
+        with self.lock:
+            if self.minute != now // 60:
+                self.minute, self.counts = int(now // 60), {}
+            count = self.counts.get(address, 0)
+            if count >= WRONG_PASSWORDS or not count and len(self.counts) >= WRONG_ADDRESSES:
+                raise Rejected(429, "there were too many wrong passwords; wait a minute", ("Retry-After", str(60 - int(now % 60))))
+            if wrong:
+                self.counts[address] = count + wrong
+
+
+def check_password(handler: Handler, head: Head) -> None:
+    """Let a viewer in by HTTP Basic (RFC 7617), by any user name; raise Rejected."""
+    address = handler.peer.rpartition(":")[0] if handler.peer == handler.request.peer else handler.peer
+    wrong = handler.server.wrong
+    wrong.check(address, 0)
+    scheme, _, text = head.fields.get("authorization", "").partition(" ")
+    challenge = ("WWW-Authenticate", 'Basic realm="skype_webhook", charset="UTF-8"')
+    if scheme.lower() != "basic":
+        raise Rejected(401, "the live view asks for its password", challenge)
+    try:
+        given = base64.b64decode(text.strip(" "), validate=True).partition(b":")[2]
+    except ValueError:
+        given = b""
+    right = handler.server.settings.view_password.encode("utf-8", "surrogateescape")
+    if not hmac.compare_digest(hashlib.sha256(given).digest(), hashlib.sha256(right).digest()):
+        wrong.check(address, 1)
+        raise Rejected(401, "that is not the password of the live view", challenge)
+
+
+VIEW_FIELDS = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"))
+
+
+def show_page(handler: Handler, head: Head) -> None:
+    """GET /: the page."""
+    check_password(handler, head)
+    handler.answer(200, PAGE, "text/html; charset=utf-8", ("Content-Security-Policy", PAGE_POLICY), *VIEW_FIELDS)
+
+
+def show_events(handler: Handler, head: Head) -> None:
+    """GET /events: the stream; with `before`, the lines before that offset. `log` names the file that an offset is of."""
+    check_password(handler, head)
+    query = dict(urllib.parse.parse_qsl(head.query))
+    before = re.fullmatch(r"[0-9]{1,18}", query.get("before", ""))
+    if handler.method == "HEAD":
+        handler.answer(200, b"", "text/event-stream; charset=utf-8", *VIEW_FIELDS)
+    elif before:
+        with contextlib.closing(Tail(handler.server.settings.log)) as tail:
+            if not tail.choose(query.get("log", str(tail.identity))):
+                raise Rejected(404, "that part of the log is not here any more")
+            end = min(int(before[0]), tail.size())
+            start = tail.offset = tail.page_before(end)
+            lines = (tail.file.seek(start), tail.file.read(end - start))[1] if tail.file else b""
+        handler.answer(200, lines, "application/x-ndjson", ("Log-Offset", str(start)), *VIEW_FIELDS)
+    else:
+        last = query.get("after") or head.fields.get("last-event-id", "")
+        viewer = Viewer(handler, int(last) if re.fullmatch(r"[0-9]{1,18}", last) else None, query.get("log"))
+        try:
+            viewer.follow()
+        finally:
+            viewer.leave()
+
+
+class Viewer:
+    """One open page (or curl): a connection that has left the senders' places, and its place in the log."""
+
+    def __init__(self, handler: Handler, last: int | None, log: str | None) -> None:
+        self.link, self.server = handler.request, handler.server
+        self.wake = threading.Event()
+        self.password = self.server.settings.view_password
+        handler.close_connection = True
+        with self.server.changed:
+            if self.link.is_cut:
+                raise ConnectionAbortedError("its place was taken")
+            if len(self.server.viewers) >= VIEWERS:
+                raise Rejected(503, f"there are {VIEWERS} viewers, and no more places", ("Retry-After", "10"))
+            self.server.connections.discard(self.link)
+            self.server.viewers.add(self)
+            self.server.changed.notify_all()
+        self.tail = Tail(self.server.settings.log)
+        known = log is None or self.tail.choose(log)  # else its file has gone: the present one is new to the page
+        if last is None:
+            self.tail.offset = self.tail.page_before(self.tail.size())
+        elif known and last <= self.tail.size():
+            self.tail.offset = last
+
+    def leave(self) -> None:
+        self.tail.close()
+        with self.server.changed:
+            self.server.viewers.discard(self)
+
+    def follow(self) -> None:
+        """Send events as they come until the viewer or the server goes; a silent log costs one look a second."""
+        link = self.link
+        for name, value in (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 2), ("TCP_USER_TIMEOUT", 8000)):
+            if hasattr(socket, name):  # so a machine that fell asleep is noticed too
+                link.socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        link.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self.send(format_answer(200, None, "text/event-stream; charset=utf-8",
+                                [*VIEW_FIELDS, ("X-Accel-Buffering", "no"), ("Connection", "close")]) + self.place("log"))
+        while not (link.is_cut or self.server.stopping or self.password != self.server.settings.view_password or self.has_gone()):
+            self.wake.clear()
+            turns = self.tail.turns
+            for data in self.tail.poll():
+                start = self.tail.offset - len(data)
+                self.send((self.place("rotated", 0) if self.tail.turns > turns else b"") + _frames(data, start))
+                turns = self.tail.turns
+            if self.tail.turns > turns:  # emptied
+                self.send(self.place("rotated", 0))
+            if time.monotonic() - self.sent >= HEARTBEAT_SECONDS:
+                self.send(b": heartbeat\n\n")
+            time.sleep(VIEW_PAUSE)
+            self.wake.wait(1 - VIEW_PAUSE)
+
+    def place(self, name: str, start: int | None = None) -> bytes:
+        """Return the event that says which file is read, and from where."""
+        start = self.tail.offset if start is None else start
+        return b'id: %d\nevent: %b\ndata: {"log":"%d","start":%d}\n\n' % (start, name.encode(), self.tail.identity, start)
+
+    def send(self, data: bytes) -> None:
+        """Send, if the viewer takes it within the request timeout; else OSError."""
+        self.link.socket.settimeout(self.server.settings.request_timeout)
+        if data:
+            self.link.socket.sendall(data)
+            self.sent = time.monotonic()
+
+    def has_gone(self) -> bool:
+        """Tell, without waiting, whether the viewer has closed its side; what else it sends is dropped."""
+        self.link.socket.settimeout(0)
+        try:
+            return not self.link.socket.recv(READ_SIZE)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return False
+
+
+def _frames(lines: bytes, offset: int) -> bytes:
+    """Return whole lines that end before `offset` plus their length as server-sent events; foreign ones are left out."""
+    frames = []
+    for line in lines.split(b"\n")[:-1]:
+        offset += len(line) + 1
+        if line.startswith(_LINE_START) and b"\r" not in line:
+            frames.append(b"id: %d\ndata: %b\n\n" % (offset, line))
+    return b"".join(frames)
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>Skype Interviews, live</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E\
+%3Crect width='16' height='16' rx='4' fill='%230a6cbd'/%3E%3Ccircle cx='8' cy='8' r='3.5' fill='white'/%3E%3C/svg%3E">
+<style>
+:root { --back: #f5f6f8; --card: #fff; --text: #1b1f24; --dim: #59636e; --line: #d9dee4; --link: #0a5ca8; --warn: #8a4b00;
+  --failed: #b3261e; --completed: #1a7f37; --active: #0a5ca8; --ended: #59636e }
+@media (prefers-color-scheme: dark) { :root { --back: #0e1116; --card: #161b22; --text: #e6e9ed; --dim: #9aa4af; --line: #2d343d;
+  --link: #74b4ff; --warn: #f0b35b; --failed: #ff8a80; --completed: #5fd07c; --active: #74b4ff; --ended: #9aa4af } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 1rem clamp(.75rem, 3vw, 2rem) 3rem; max-width: 80rem; background: var(--back); color: var(--text);
+  font: 15px/1.45 system-ui, sans-serif }
+header { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; align-items: center }
+h1 { font-size: 1.25rem; margin: 0 auto 0 0 }
+input, button { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .4rem .7rem }
+input { width: min(22rem, 100%) }
+:focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
+#state::before { content: ""; display: inline-block; width: .65em; height: .65em; margin-right: .45em; border: 2px solid var(--warn);
+  border-radius: 50% }
+#state.live::before { background: var(--completed); border-color: var(--completed) }
+#note, .dim, .sub { color: var(--dim) }
+.sub { font-size: .87em }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
+table { width: 100%; border-collapse: collapse; background: var(--card); border: 1px solid var(--line); table-layout: fixed }
+th, td { text-align: left; vertical-align: top; padding: .65rem .8rem; border-top: 1px solid var(--line); overflow-wrap: anywhere;
+  unicode-bidi: isolate }
+thead th { font-size: .85em; color: var(--dim); border: 0 }
+th:nth-child(1) { width: 21% } th:nth-child(2) { width: 27% } th:nth-child(4) { width: 14% }
+a { color: var(--link); font: .87em ui-monospace, monospace }
+ol { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; gap: .3rem .9rem }
+li.gap { border-left: 3px dashed var(--warn); padding-left: .5rem }
+.warn { color: var(--warn); font-weight: 600 }
+.mark { display: inline-block; width: 1.35em; height: 1.35em; line-height: 1.35em; margin-right: .4em; text-align: center; font-size: .8em;
+  font-weight: 700; color: var(--card); background: var(--active); border-radius: 50% }
+.failed { background: var(--failed); border-radius: 0; clip-path: polygon(50% 0, 100% 50%, 50% 100%, 0 50%) }
+.completed { background: var(--completed); border-radius: .2em }
+.ended { background: var(--ended); border-radius: .7em .7em 0 0 }
+.stage { font-weight: 600 }
+summary { cursor: pointer }
+.fresh { animation: fresh 2s } @keyframes fresh { from { background: color-mix(in srgb, var(--link) 25%, transparent) } }
+@media (prefers-reduced-motion: reduce) { .fresh { animation: none } }
+@media (max-width: 45rem) {
+  thead { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden }
+  table, tbody, tr, td, tbody th { display: block; width: auto !important }
+  table { background: none; border: 0 }
+  tr { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; margin-bottom: .7rem; padding: .3rem 0 }
+  td, th { border: 0; padding: .25rem .8rem } ol { flex-direction: column }
+}
+[hidden] { display: none !important }
+</style>
+<header><h1>Skype Interviews</h1><span id="state" role="status">connecting</span>
+<label><span class="unseen">Filter by code, stage or metadata</span><input id="filter" type="search" placeholder="Filter: code, stage, metadata"></label></header>
+<main>
+<p id="note"></p>
+<p id="empty" hidden>No events yet. Send a first one from the machine of the receiver:<br>
+<code>python3 skype_webhook.py send <span id="url"></span> --insecure</code></p>
+<table id="table" role="table" hidden><caption class="unseen">Interviews, newest change first</caption><thead role="rowgroup"><tr role="row">
+<th scope="col" role="columnheader">Interview</th><th scope="col" role="columnheader">Stage</th>
+<th scope="col" role="columnheader">Path</th><th scope="col" role="columnheader">Changed</th></tr></thead>
+<tbody id="rows" role="rowgroup"></tbody></table>
+<p><button id="more" hidden>Show more interviews</button> <button id="earlier" hidden>Load earlier events</button></p>
+<p id="news" class="unseen" aria-live="polite"></p>
+</main>
+<noscript><p>The live view needs JavaScript. In a terminal: python3 skype_webhook.py timeline</p></noscript>
+<script>
+"use strict";
+const STAGES = /*STAGES*/, MARKS = {Failed: ["!", "failed"], Completed: ["\\u2713", "completed"], Canceled: ["\\u00d7", "ended"],
+  Archived: ["=", "ended"], Created: ["+", ""], Started: ["\\u00bb", ""], Time: ["?", ""], Collecting: ["\\u2026", ""]};
+const $ = id => document.getElementById(id), base = location.origin + location.pathname.replace(/[^/]*$/, "") + "events";
+const interviews = new Map(), seen = new Set(), dirty = new Set();
+let log = null, last = 0, first = null, limit = 200, arrivals = 0, live = false, wait = 1000, due = 0;
+const shown = text => String(text).replace(/[\\u0000-\\u001f\\u007f-\\u009f\\u00ad\\u061c\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u206f\\ufeff]/g,
+  c => "\\\\u" + c.charCodeAt(0).toString(16).padStart(4, "0"));
+function make(tag, text, name, role) {
+  const node = document.createElement(tag);
+  if (text !== undefined) node.textContent = text;
+  if (name) node.className = name;
+  if (role) node.setAttribute("role", role);
+  return node;
+}
+function instant(text) {  // [milliseconds of the whole second, nanoseconds]: a Date alone loses the service's ticks
+  const [, head, digits, zone] = /^(.{19})(?:\\.(\\d+))?(.*)$/.exec(text || "") || [, "", "", ""];
+  return [Date.parse(head.toUpperCase() + zone.toUpperCase()), +((digits || "") + "000000000").slice(0, 9)];
+}
+const when = at => new Date(at[0] + Math.floor(at[1] / 1e6)), order = (a, b) => a.at[0] - b.at[0] || a.at[1] - b.at[1] || a.arrival - b.arrival;
+function clock(step, withDay) {
+  const node = make("time", when(step.at).toLocaleString([], {...(withDay ? {dateStyle: "medium"} : {}), timeStyle: "medium"}));
+  node.dateTime = when(step.at).toISOString();
+  node.title = step.time + (step.time === step.recorded ? "" : "\\nrecorded " + step.recorded);
+  return node;
+}
+function duration(ms) {
+  const units = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]], s = Math.max(0, ms / 1000), i = units.findIndex(u => s >= u[0]);
+  if (i < 0) return "under 1 s";
+  const rest = i < 3 ? Math.floor(s % units[i][0] / units[i + 1][0]) : 0;
+  return Math.floor(s / units[i][0]) + " " + units[i][1] + (rest ? " " + rest + " " + units[i + 1][1] : "");
+}
+function mark(stage) {
+  const [sign, name] = STAGES[stage] && MARKS[/[A-Z][a-z]+$/.exec(stage)[0]] || ["?", "ended"], node = make("span", sign, "mark " + name);
+  node.setAttribute("aria-hidden", "true");
+  return node;
+}
+function take(line, earlier) {
+  let event, body;
+  try {
+    event = JSON.parse(line);
+    body = event.data || JSON.parse(new TextDecoder().decode(Uint8Array.from(atob(event.data_base64), c => c.charCodeAt(0))));
+    if (seen.has(event.id)) return;
+  } catch { return; }
+  seen.add(event.id);
+  const code = event.subject || "-", now = body.currentStage || {}, text = value => typeof value === "string" ? value : "";
+  let time = event.time || event.recordedtime, at = instant(time);
+  if (isNaN(at[0])) at = instant(time = event.recordedtime);
+  if (isNaN(at[0])) return;
+  const known = interviews.get(code) || {code, steps: [], row: null};
+  interviews.set(code, known);
+  known.steps.push({at, time, recorded: event.recordedtime, stage: text(now.value), metadata: text(now.metadata),
+    previous: text((body.previousStage || {}).value), arrival: Date.parse(event.recordedtime) + (arrivals++ / 1e9)});
+  known.fresh = !earlier;
+  dirty.add(known);
+  if (!due) due = setTimeout(render, 60);
+}
+function settle(known) {  // order by the events' own time; mark gaps and late arrivals
+  known.steps.sort(order);
+  let before = "", soonest = Infinity;
+  for (const step of known.steps) {
+    step.gap = Boolean(before && step.stage && step.previous !== before);
+    before = step.stage || before;
+  }
+  for (const step of [...known.steps].reverse()) {
+    step.late = step.arrival > soonest;
+    soonest = Math.min(soonest, step.arrival);
+  }
+  known.now = known.steps[known.steps.length - 1];
+  known.text = known.steps.map(s => s.stage + " " + s.metadata).join(" ").concat(" ", known.code).toLowerCase();
+}
+function item(step, after) {
+  const node = make("li", undefined, step.gap ? "gap" : ""), sub = make("div", undefined, "sub"), name = make("span", shown(step.stage) || "no stage");
+  if (step.gap) node.append(make("div", "gap: came from " + (shown(step.previous) || "no stage"), "warn sub"));
+  name.title = STAGES[step.stage] || "not a documented stage";
+  sub.append(clock(step, !after || new Date(after.at[0]).toDateString() !== when(step.at).toDateString()));
+  if (after) sub.append(" for " + duration(when(after.at) - when(step.at)));
+  if (step.late) sub.append(make("span", " arrived late", "warn"));
+  node.append(mark(step.stage), name, sub);
+  return node;
+}
+function fill(known) {
+  const row = known.row = known.row || make("tr", undefined, "", "row"), now = known.now, held = row.contains(document.activeElement);
+  const open = row.querySelector("details[open]"), code = make("th", undefined, "", "rowheader"), link = make("a", shown(known.code).slice(0, 300));
+  code.scope = "row"; link.href = "#" + encodeURIComponent(known.code.slice(0, 300).toWellFormed()); code.append(link);
+  const stage = make("td", undefined, "", "cell"), path = make("td", undefined, "", "cell"), list = make("ol"), changed = make("td", undefined, "", "cell");
+  stage.append(mark(now.stage), make("span", shown(now.stage) || "no stage", "stage"), make("div", STAGES[now.stage] || "not a documented stage", "sub"));
+  const metadata = shown(now.metadata);
+  if (metadata.length > 160) {
+    const details = make("details", undefined, "sub"); details.open = Boolean(open);
+    details.append(make("summary", metadata.slice(0, 120) + "\\u2026"), make("div", metadata)); stage.append(details);
+  } else stage.append(make("div", metadata, "sub"));
+  known.steps.forEach((step, i) => { if (i >= known.steps.length - 24) list.append(item(step, known.steps[i + 1])); });
+  if (known.steps.length > 24) path.append(make("div", known.steps.length - 24 + " earlier steps", "sub"));
+  path.append(list); changed.append(clock(now, true));
+  row.replaceChildren(code, stage, path, changed);
+  row.classList.remove("fresh");
+  if (known.fresh && live) { void row.offsetWidth; row.classList.add("fresh"); }
+  known.held = held;
+}
+function render() {
+  due = 0;
+  for (const known of dirty) settle(known);
+  const wanted = $("filter").value.trim().toLowerCase(), rows = $("rows");
+  const found = [...interviews.values()].filter(i => i.text.includes(wanted)).sort((a, b) => order(b.now, a.now)), part = found.slice(0, limit);
+  let focused = document.activeElement && document.activeElement.closest("#rows tr"), place = rows.firstElementChild;
+  const kind = focused && document.activeElement.tagName;
+  for (const known of part) if (!known.row || dirty.has(known)) fill(known);
+  for (const known of interviews.values()) if (dirty.has(known) && !part.includes(known)) known.row = known.row && (known.row.remove(), null);
+  place = rows.firstElementChild;
+  for (const known of part) { if (known.row === place) place = place.nextElementSibling; else rows.insertBefore(known.row, place); }
+  while (place) { const next = place.nextElementSibling; place.remove(); place = next; }
+  if (focused && focused.isConnected && !focused.contains(document.activeElement))
+    (focused.querySelector(kind) || focused.querySelector("a")).focus({preventScroll: true});
+  if (live && dirty.size) $("news").textContent = dirty.size > 3 ? dirty.size + " interviews have changed"
+    : [...dirty].map(i => shown(i.code).slice(0, 40) + " is now " + shown(i.now.stage).slice(0, 40)).join(", ");
+  dirty.clear();
+  $("table").hidden = !found.length; $("more").hidden = found.length <= limit; $("earlier").hidden = !first; $("empty").hidden = interviews.size > 0 || first === null;
+  $("note").textContent = !interviews.size ? "" : `${found.length} of ${interviews.size} interviews, ${seen.size} events` +
+    (first ? "; this page started from the end of the log" : "");
+}
+function state(text, name) { if ($("state").textContent !== text) $("state").textContent = text; $("state").className = name || ""; }
+function connect() {
+  const source = new EventSource(base + (log === null ? "" : `?log=${log}&after=${last}`));
+  source.onopen = () => { wait = 1000; state("live", "live"); setTimeout(() => { live = true; }, 500); };
+  source.onmessage = message => { last = +message.lastEventId; take(message.data, false); };
+  source.addEventListener("log", message => place(JSON.parse(message.data)));
+  source.addEventListener("rotated", message => place(JSON.parse(message.data)));
+  source.onerror = () => { source.close(); live = false; state("reconnecting"); setTimeout(connect, wait); wait = Math.min(wait * 2, 15000); };
+}
+let origin = null;
+function place(now) {
+  if (origin === null) { origin = now.log; first = now.start; }
+  log = now.log; last = now.start;
+  if (!due) due = setTimeout(render, 60);
+}
+$("earlier").onclick = async () => {
+  $("earlier").disabled = true;
+  try {
+    const answer = await fetch(`${base}?before=${first}&log=${origin}`);
+    if (answer.ok) {
+      first = +answer.headers.get("Log-Offset");
+      for (const line of (await answer.text()).split("\\n")) take(line, true);
+    } else if (answer.status === 404) first = 0;
+  } catch { state("reconnecting"); }
+  $("earlier").disabled = false; render();
+};
+$("more").onclick = () => { limit += 200; render(); };
+$("filter").oninput = render;
+onhashchange = () => { try { $("filter").value = decodeURIComponent(location.hash.slice(1)); } catch { $("filter").value = ""; } render(); };
+$("url").textContent = base.replace(/events$/, ""); onhashchange(); connect();
+</script>
+</html>
+""".replace("/*STAGES*/", json.dumps(STAGES))
+PAGE = _PAGE.encode()
+
+
+def _hash_of(tag: str) -> str:
+    text = _PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+PAGE_POLICY = (f"default-src 'none'; script-src {_hash_of('script')}; style-src {_hash_of('style')}; connect-src 'self'; img-src data:; "
+               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+
+
 # --- The sender: what Skype Interviews does, for trying things out ---
 
 
@@ -1450,6 +1960,186 @@ class Sender:
             return answer.status, _decode_object(content, _BODY)
         except ValueError:
             return answer.status, {"detail": content.decode("utf-8", "replace")[:200]}
+
+
+# --- The timeline: the log in, each interview's course out ---
+
+_UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+_STYLES = {"Failed": "31", "Canceled": "90", "Archived": "90", "Completed": "32"}  # SGR colours by how a stage ends
+
+
+def _duration(seconds: float) -> str:
+    """Return a length of time by its two largest units."""
+    for (unit, name), (smaller, its_name) in zip(_UNITS, _UNITS[1:]):
+        if seconds >= unit:
+            rest = int(seconds % unit // smaller)
+            return f"{int(seconds // unit)} {name}" + (f" {rest} {its_name}" if rest else "")
+    return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
+
+
+@lru_cache(maxsize=4096)  # zones change on a quarter of an hour
+def _local_quarter(quarter: int) -> tuple[str, int]:
+    local = time.localtime(quarter * 900)
+    return time.strftime("%Y-%m-%d %H:", local), local.tm_min
+
+
+def _local(seconds: int) -> str:
+    hour, minute = _local_quarter(seconds // 900)
+    return f"{hour}{minute + seconds % 900 // 60:02d}:{seconds % 60:02d}"
+
+
+_second = lru_cache(maxsize=4096)(lambda text: parse_time(text + "Z") // 10**9)
+_LINES = json.JSONDecoder(parse_int=float)
+
+
+def _instant(text: str) -> tuple[int, int]:
+    """Return seconds since 1970 and nanoseconds; a second that was seen just before is not parsed again."""
+    digits = text[20:-1]
+    if text[19:20] == "." and text[-1] == "Z" and digits.isdigit() and digits.isascii():
+        return _second(text[:19]), int(digits.ljust(9, "0")[:9])
+    return divmod(parse_time(text), 10**9)
+
+
+def _utc(seconds: int, nanos: int) -> str:
+    return f"{(_EPOCH + timedelta(seconds=seconds)).isoformat()}{f'.{nanos:09d}'.rstrip('0').rstrip('.')}Z"
+
+
+class Step(NamedTuple):
+    """One event in an interview's course: its time, its stage, and whether it is as expected."""
+
+    seconds: int
+    nanos: int
+    previous: str | None
+    stage: str | None
+    gap: bool   # its previousStage is not the stage before it
+    late: bool  # it arrived after an event of a later time
+
+
+class Course:
+    """The events of all interviews: five numbers each, in one array an interview, so that a million take 50 MB."""
+
+    def __init__(self) -> None:
+        self.events: dict[str, array[int]] = {}
+        self.stages: dict[tuple[str | None, str | None], int] = {}
+        self.pairs: list[tuple[str | None, str | None]] = []
+        self.blank = self.foreign = 0
+
+    def add(self, line: bytes, only: str | None) -> str | None:
+        """Add one line of a log; return the interview's code, or None if it was skipped."""
+        try:
+            event = _LINES.decode(line.decode("utf-8"))
+            body = event["data"] if "data" in event else json.loads(base64.b64decode(event["data_base64"]))
+            code = event.get("subject") or "-"
+            number = int(event["id"][:15], 16)
+            seconds, nanos = recorded = _instant(event["recordedtime"])
+            if "time" in event:
+                seconds, nanos = _instant(event["time"])
+            pair = (_text_of(body, "previousStage"), _text_of(body, "currentStage"))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
+            self.foreign += bool(line.strip())
+            self.blank += not line.strip()
+            return None
+        if only is not None and code != only:
+            return None
+        index = self.stages.setdefault(pair, len(self.pairs))
+        if index == len(self.pairs):
+            self.pairs.append(pair)
+        self.events.setdefault(code, array("q")).extend((seconds, nanos, recorded[0] * 10**6 + recorded[1] // 1000, number, index))
+        return str(code)
+
+    def steps(self, code: str) -> list[Step]:
+        """Return an interview's course, each event once, in the order of its own time."""
+        events, seen = self.events[code], set()  # type: array[int], set[int]
+        rows = [tuple(events[n:n + 5]) for n in range(0, len(events), 5)]
+        once = [row for row in rows if row[3] not in seen and not seen.add(row[3])]  # type: ignore[func-returns-value]  # add returns None
+        once.sort(key=lambda row: row[:3])
+        first_arrival, late = math.inf, []  # type: float, list[bool]
+        for row in reversed(once):
+            late.append(row[2] > first_arrival)
+            first_arrival = min(first_arrival, row[2])
+        steps, before = [], None  # type: list[Step], str | None
+        for row in once:
+            previous, stage = self.pairs[row[4]]
+            steps.append(Step(row[0], row[1], previous, stage, before is not None and stage is not None and previous != before, late.pop()))
+            before = stage or before
+        return steps
+
+    def last(self, code: str) -> tuple[int, int]:
+        events = self.events[code]
+        return max(zip(events[0::5], events[1::5]))
+
+
+def _text_of(body: dict[str, Any], name: str) -> str | None:
+    stage = body.get(name)
+    value = stage.get("value") if isinstance(stage, dict) else None
+    return value if isinstance(value, str) else None
+
+
+def as_json(code: str, steps: Sequence[Step]) -> str:
+    """Return an interview as one JSON object: its stage, and its events in their own order."""
+    events: list[dict[str, Any]] = []
+    for step, after in zip(steps, [*steps[1:], None]):
+        events.append({"time": _utc(step.seconds, step.nanos), "stage": step.stage, "previous": step.previous})
+        if after:
+            events[-1]["seconds"] = round(after.seconds - step.seconds + (after.nanos - step.nanos) / 1e9, 3)
+        events[-1].update({name: True for name in ("gap", "late") if getattr(step, name)})
+    stage = next((step.stage for step in reversed(steps) if step.stage), None)
+    return json.dumps({"interview": code, "stage": stage, "events": events}, separators=(",", ":"))
+
+
+def as_text(code: str, steps: Sequence[Step], width: int | None, colours: bool) -> Iterator[str]:
+    """Yield the lines of an interview; `width` in columns cuts them, None does not."""
+    yield printable(code)[:width]
+    for step, after in zip(steps, [*steps[1:], None]):
+        stage = printable(step.stage or "-")
+        notes = (f"for {_duration(after.seconds - step.seconds)}" if after else "now").ljust(14)
+        notes += f" gap: came from {printable(step.previous or 'no stage')}" if step.gap else ""
+        notes += " late: arrived out of order" if step.late else ""
+        line = f"  {_local(step.seconds)}  {stage:<20} {notes}".rstrip()[:width]
+        ending = (stage in STAGES and re.search("[A-Z][a-z]+$", stage)) or None
+        sgr = "33" if step.gap or step.late else _STYLES.get(ending[0] if ending else "", "36")
+        yield f"\x1b[{sgr}m{line}\x1b[0m" if colours else line
+
+
+def timeline(options: argparse.Namespace) -> int:
+    """Print each interview's course, the one that changed last at the end; with --follow, go on as events come."""
+    paths = options.files or [_parse(_load_texts(options))["log"]]
+    for path in paths if not options.follow else []:
+        if not os.path.isfile(path):
+            raise SettingsError(f"{path}: there is no such log; name one, or set SKYPE_LOG")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    course, tails = Course(), [Tail(path) for path in paths]
+    for path, tail in zip(paths, tails):
+        if tail.file is None and not options.follow:
+            raise SettingsError(f"{path}: it cannot be read")
+    try:
+        show_changes(course, tails, options)
+        skipped = f"skipped {course.blank} blank and {course.foreign} foreign lines" if course.blank or course.foreign else ""
+        if skipped:
+            print(skipped, file=sys.stderr)
+        while options.follow:
+            time.sleep(0.5)
+            show_changes(course, tails, options)
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def show_changes(course: Course, tails: Sequence[Tail], options: argparse.Namespace) -> None:
+    """Read what is new, and print the whole course of every interview that it concerns."""
+    terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if terminal else None
+    colours = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    changed = {code for tail in tails for data in tail.poll() for line in data.split(b"\n")[:-1]
+               if (code := course.add(line, options.interview))}
+    for code in sorted(changed, key=course.last):
+        steps = course.steps(code)
+        if options.json:
+            print(as_json(code, steps))
+        else:
+            print("\n".join(as_text(code, steps, width, colours)) + "\n")
+    sys.stdout.flush()
 
 
 # --- Settings and the command line ---
@@ -1842,7 +2532,8 @@ class Parser(argparse.ArgumentParser):
 
 COMMANDS = {"serve": (serve, "receive events (the default command)"),
             "demo": (demo, "try it: serve on loopback with throw-away credentials, and deliver a sample event"),
-            "send": (send, "sign and deliver a sample event: is my set-up right?")}
+            "send": (send, "sign and deliver a sample event: is my set-up right?"),
+            "timeline": (timeline, "print each interview's stages in order, from the log")}
 
 
 def _make_parser(command: str) -> Parser:
@@ -1872,6 +2563,11 @@ def _make_parser(command: str) -> Parser:
         parser.add_argument("--concurrency", metavar="C", default="1", help="connections at once")
         parser.add_argument("--ca", metavar="FILE", help="trust this certificate (PEM)")
         parser.add_argument("--insecure", action="store_true", help="trust any certificate")
+    if command == "timeline":
+        parser.add_argument("files", metavar="LOG", nargs="*", help="logs, merged by event id (default: the setting)")
+        parser.add_argument("--interview", metavar="CODE", help="this interview only")
+        parser.add_argument("--json", action="store_true", help="one JSON object an interview, a line each")
+        parser.add_argument("--follow", action="store_true", help="go on, also over rotations, until Ctrl-C")
     return parser
 
 
