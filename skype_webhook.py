@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import concurrent.futures
 import contextlib
 import dataclasses
 import errno
@@ -36,6 +35,7 @@ import json.encoder
 import math
 import os
 import pathlib
+import queue
 import re
 import secrets
 import selectors
@@ -84,6 +84,7 @@ STORE_SECONDS = 20.0              # the sender waits 30 s for its answer
 DRAIN_SECONDS = 3.0               # how long a refused peer may go on sending before it is cut off
 DRAIN_BYTES = 8 * 2**20           # and how much
 STOP_SECONDS = 12.0               # for answers after SIGTERM; the exit is due within 15 s
+CLOSE_SECONDS = 2.0               # for the last batch after that
 STOP_GRACE = 1.0                  # of which senders may use that much to finish what they have begun
 LOOK_SECONDS = 2.0                # between two looks at the certificate's files
 CLOCK_HINT = 300.0                # seconds; a token this near its time was refused for a wrong clock
@@ -354,7 +355,7 @@ def _depth(body: bytes) -> int:
 
 def _text(value: object) -> str | None:
     """Return a non-empty CloudEvents String, or None for all else."""
-    return value if isinstance(value, str) and value and not _NOT_STRING.search(value) else None
+    return value if isinstance(value, str) and value and (value.isprintable() or not _NOT_STRING.search(value)) else None
 
 
 def _stage(fields: dict[str, Any], name: str, warnings: list[str]) -> str | None:
@@ -537,7 +538,7 @@ class Journal:
         with self._lock:
             self._closing = True
             self._wake.notify()
-        self._thread.join(STORE_SECONDS)
+        self._thread.join(CLOSE_SECONDS)
         if not self._thread.is_alive():
             self._release()
 
@@ -1224,7 +1225,8 @@ class Receiver(socketserver.BaseServer):
         self.counts = {"recorded": 0, "duplicate": 0, "refused": 0}
         self.next_sweep = 0.0
         self.next_complaint = 0.0
-        self.pool = concurrent.futures.ThreadPoolExecutor(settings.max_connections + VIEWERS, "connection")
+        self.waiting: queue.SimpleQueue[tuple[Connection, str]] = queue.SimpleQueue()  # for a thread
+        self.threads = 0
         self.alarm, self.bell = socket.socketpair()
         self.selector = selectors.DefaultSelector()
         for listener in listeners:
@@ -1342,10 +1344,20 @@ class Receiver(socketserver.BaseServer):
             tell(message)
 
     def process_request(self, request: Any, client_address: Any) -> None:
+        """Hand a connection to a thread: there are never more of them than there were connections and viewers at once."""
+        self.waiting.put((request, client_address))
+        if self.threads >= len(self.connections) + len(self.viewers):
+            return
         try:
-            self.pool.submit(self.process_request_thread, request, client_address)
-        except RuntimeError as error:  # it is queued all the same, for the threads there are
+            threading.Thread(target=self.work, name="connection", daemon=True).start()
+            self.threads += 1
+        except RuntimeError as error:  # it waits for the threads there are
             self.complain(f"cannot start a thread: {error}; raise its limit (TasksMax=, ulimit -u), or lower --max-connections")
+
+    def work(self) -> None:
+        """Serve one connection after another: the life of a thread. `stop` waits for connections, not for threads."""
+        while True:
+            self.process_request_thread(*self.waiting.get())
 
     def process_request_thread(self, link: Connection, peer: str) -> None:
         try:
@@ -1403,7 +1415,6 @@ class Receiver(socketserver.BaseServer):
                 self.changed.wait(0.1)
             for link in self.connections:
                 link.cut()
-        self.pool.shutdown(wait=False)
 
 
 def open_listeners(host: str, port: int) -> list[socket.socket]:
@@ -2360,9 +2371,7 @@ def run(receiver: Receiver, reload: Callable[[], None]) -> int:
     tell(f"stopped: {counts}")
     if journal.final:
         tell(f"error: {journal.final}: it cannot be known what is on the disk; start again")
-    if receiver.connections:  # their threads wait for a disk that does not answer, and would keep the process
-        os._exit(1)
-    return 1 if journal.final else 0
+    return 1 if journal.final or receiver.connections else 0
 
 
 def reload_settings(receiver: Receiver, options: argparse.Namespace) -> None:
