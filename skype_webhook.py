@@ -60,7 +60,7 @@ from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn, Optional
 
 try:
     import fcntl
@@ -1725,7 +1725,7 @@ body { margin: 0 auto; padding: 1rem clamp(.75rem, 3vw, 2rem) 3rem; max-width: 8
 header { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; align-items: center }
 h1 { font-size: 1.25rem; margin: 0 auto 0 0 }
 input, button { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .4rem .7rem }
-input { width: min(22rem, 100%) }
+input { width: min(20rem, 100%) }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
 #state::before { content: ""; display: inline-block; width: .65em; height: .65em; margin-right: .45em; border: 2px solid var(--warn);
   border-radius: 50% }
@@ -1737,9 +1737,9 @@ table { width: 100%; border-collapse: collapse; background: var(--card); border:
 th, td { text-align: left; vertical-align: top; padding: .65rem .8rem; border-top: 1px solid var(--line); overflow-wrap: anywhere;
   unicode-bidi: isolate }
 thead th { font-size: .85em; color: var(--dim); border: 0 }
-th:nth-child(1) { width: 21% } th:nth-child(2) { width: 27% } th:nth-child(4) { width: 14% }
+th:nth-child(1) { width: 19% } th:nth-child(2) { width: 24% } th:nth-child(4) { width: 11% }
 a { color: var(--link); font: .87em ui-monospace, monospace }
-ol { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; gap: .3rem .9rem }
+ol { list-style: none; margin: 0; padding: 0; display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: .4rem .9rem }
 li.gap { border-left: 3px dashed var(--warn); padding-left: .5rem }
 .warn { color: var(--warn); font-weight: 600 }
 .mark { display: inline-block; width: 1.35em; height: 1.35em; line-height: 1.35em; margin-right: .4em; text-align: center; font-size: .8em;
@@ -1756,7 +1756,7 @@ summary { cursor: pointer }
   table, tbody, tr, td, tbody th { display: block; width: auto !important }
   table { background: none; border: 0 }
   tr { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; margin-bottom: .7rem; padding: .3rem 0 }
-  td, th { border: 0; padding: .25rem .8rem } ol { flex-direction: column }
+  td, th { border: 0; padding: .25rem .8rem } input, label { width: 100% }
 }
 [hidden] { display: none !important }
 </style>
@@ -1796,7 +1796,8 @@ function instant(text) {  // [milliseconds of the whole second, nanoseconds]: a 
 }
 const when = at => new Date(at[0] + Math.floor(at[1] / 1e6)), order = (a, b) => a.at[0] - b.at[0] || a.at[1] - b.at[1] || a.arrival - b.arrival;
 function clock(step, withDay) {
-  const node = make("time", when(step.at).toLocaleString([], {...(withDay ? {dateStyle: "medium"} : {}), timeStyle: "medium"}));
+  const node = make("time", when(step.at).toLocaleString([], {...(withDay && when(step.at).getFullYear() !== new Date().getFullYear() ? {year: "numeric"} : {}),
+    ...(withDay ? {month: "short", day: "numeric"} : {}), hour: "numeric", minute: "2-digit"}));
   node.dateTime = when(step.at).toISOString();
   node.title = step.time + (step.time === step.recorded ? "" : "\\nrecorded " + step.recorded);
   return node;
@@ -1846,11 +1847,11 @@ function settle(known) {  // order by the events' own time; mark gaps and late a
   known.now = known.steps[known.steps.length - 1];
   known.text = known.steps.map(s => s.stage + " " + s.metadata).join(" ").concat(" ", known.code).toLowerCase();
 }
-function item(step, after) {
+function item(step, before, after) {
   const node = make("li", undefined, step.gap ? "gap" : ""), sub = make("div", undefined, "sub"), name = make("span", shown(step.stage) || "no stage");
   if (step.gap) node.append(make("div", "gap: came from " + (shown(step.previous) || "no stage"), "warn sub"));
   name.title = STAGES[step.stage] || "not a documented stage";
-  sub.append(clock(step, !after || new Date(after.at[0]).toDateString() !== when(step.at).toDateString()));
+  sub.append(clock(step, !before || when(before.at).toDateString() !== when(step.at).toDateString()));
   if (after) sub.append(" for " + duration(when(after.at) - when(step.at)));
   if (step.late) sub.append(make("span", " arrived late", "warn"));
   node.append(mark(step.stage), name, sub);
@@ -1867,7 +1868,7 @@ function fill(known) {
     const details = make("details", undefined, "sub"); details.open = Boolean(open);
     details.append(make("summary", metadata.slice(0, 120) + "\\u2026"), make("div", metadata)); stage.append(details);
   } else stage.append(make("div", metadata, "sub"));
-  known.steps.forEach((step, i) => { if (i >= known.steps.length - 24) list.append(item(step, known.steps[i + 1])); });
+  known.steps.forEach((step, i) => { if (i >= known.steps.length - 24) list.append(item(step, known.steps[i - 1], known.steps[i + 1])); });
   if (known.steps.length > 24) path.append(make("div", known.steps.length - 24 + " earlier steps", "sub"));
   path.append(list); changed.append(clock(now, true));
   row.replaceChildren(code, stage, path, changed);
@@ -1893,7 +1894,7 @@ function render() {
     : [...dirty].map(i => shown(i.code).slice(0, 40) + " is now " + shown(i.now.stage).slice(0, 40)).join(", ");
   dirty.clear();
   $("table").hidden = !found.length; $("more").hidden = found.length <= limit; $("earlier").hidden = !first; $("empty").hidden = interviews.size > 0 || first === null;
-  $("note").textContent = !interviews.size ? "" : `${found.length} of ${interviews.size} interviews, ${seen.size} events` +
+  $("note").textContent = !interviews.size ? "" : `${found.length} of ${interviews.size} interviews, events: ${seen.size}` +
     (first ? "; this page started from the end of the log" : "");
 }
 function state(text, name) { if ($("state").textContent !== text) $("state").textContent = text; $("state").className = name || ""; }
@@ -1979,7 +1980,7 @@ class Sender:
 # --- The timeline: the log in, each interview's course out ---
 
 _UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
-_STYLES = {"Failed": "31", "Canceled": "90", "Archived": "90", "Completed": "32"}  # SGR colours by how a stage ends
+_COLOURS = {"Failed": "31", "Canceled": "90", "Archived": "90", "Completed": "32"}  # SGR, by how a stage's name ends
 
 
 def _duration(seconds: float) -> str:
@@ -2002,16 +2003,42 @@ def _local(seconds: int) -> str:
     return f"{hour}{minute + seconds % 900 // 60:02d}:{seconds % 60:02d}"
 
 
-_second = lru_cache(maxsize=4096)(lambda text: parse_time(text + "Z") // 10**9)
-_LINES = json.JSONDecoder(parse_int=float)
+# A line just like the documented event's is taken apart by one match, four times as fast as JSON: every string in it
+# is plain ASCII without escapes and all members are spelt out, so there is only one reading. The rest is decoded.
+_PLAIN = r'"([ !#-\[\]-~]*)"'
+_WHEN = r'"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}):([0-5][0-9])\.([0-9]{1,9})Z"'
+_STAGE = r' *\{ *"value": *"([ !#-\[\]-~]*)" *'
+_STAGE += r'(?:, *"metadata": *"[ !#-\[\]-~]*" *)?\} *, *'
+_PLAIN_LINE = re.compile(
+    r'\{"specversion":"1.0","id":"([0-9a-f]{15})[0-9a-f]{49}","source":"https://interviews.skype.com","type":"[A-Za-z0-9_.-]*","subject":'
+    + _PLAIN + f',"time":{_WHEN},"recordedtime":{_WHEN},"datacontenttype":"application/json","data":' r'\{ *"previousStage":' + _STAGE
+    + '"currentStage":' + _STAGE + r'"event": *"State" *, *"timestamp": *"[0-9T:.Z-]*" *, *"interviewCode": *"[ !#-\[\]-~]*" *\}\}')
 
 
-def _instant(text: str) -> tuple[int, int]:
-    """Return seconds since 1970 and nanoseconds; a second that was seen just before is not parsed again."""
-    digits = text[20:-1]
-    if text[19:20] == "." and text[-1] == "Z" and digits.isdigit() and digits.isascii():
-        return _second(text[:19]), int(digits.ljust(9, "0")[:9])
-    return divmod(parse_time(text), 10**9)
+Stages = tuple[Optional[str], Optional[str]]  # previousStage, currentStage
+Arrival = tuple[str, int, int, int, int, Stages]
+
+
+def parse_line(text: str) -> Arrival:
+    """Return interview, time (seconds since 1970, nanoseconds), recordedtime (microseconds), 60 bits of the id, and the
+    stages of one line; raise ValueError, or what JSON of another shape leads to."""
+    match = _PLAIN_LINE.fullmatch(text)
+    if match:
+        digest, code, minute, second, digits, its_minute, its_second, micros, previous, current = match.groups()
+        return (code or "-", _minute(minute) * 60 + int(second), int(digits.ljust(9, "0")),
+                (_minute(its_minute) * 60 + int(its_second)) * 10**6 + int(micros.ljust(6, "0")[:6]), int(digest, 16), (previous, current))
+    event = json.loads(text, parse_int=float)
+    body = event["data"] if "data" in event else json.loads(base64.b64decode(event["data_base64"]), parse_int=float)
+    recorded = parse_time(event["recordedtime"])
+    seconds, nanos = divmod(parse_time(event["time"]) if "time" in event else recorded, 10**9)
+    return (str(event.get("subject") or "-"), seconds, nanos, recorded // 1000, int(event["id"][:15], 16),
+            (_stage_of(body, "previousStage"), _stage_of(body, "currentStage")))
+
+
+def _stage_of(body: dict[str, Any], name: str) -> str | None:
+    stage = body.get(name)
+    value = stage.get("value") if isinstance(stage, dict) else None
+    return value if isinstance(value, str) else None
 
 
 def _utc(seconds: int, nanos: int) -> str:
@@ -2034,46 +2061,43 @@ class Course:
 
     def __init__(self) -> None:
         self.events: dict[str, array[int]] = {}
-        self.stages: dict[tuple[str | None, str | None], int] = {}
-        self.pairs: list[tuple[str | None, str | None]] = []
+        self.index: dict[Stages, int] = {}
+        self.stages: list[Stages] = []
         self.blank = self.foreign = 0
 
     def add(self, line: bytes, only: str | None) -> str | None:
         """Add one line of a log; return the interview's code, or None if it was skipped."""
         try:
-            event = _LINES.decode(line.decode("utf-8"))
-            body = event["data"] if "data" in event else json.loads(base64.b64decode(event["data_base64"]))
-            code = event.get("subject") or "-"
-            number = int(event["id"][:15], 16)
-            seconds, nanos = recorded = _instant(event["recordedtime"])
-            if "time" in event:
-                seconds, nanos = _instant(event["time"])
-            pair = (_text_of(body, "previousStage"), _text_of(body, "currentStage"))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
-            self.foreign += bool(line.strip())
-            self.blank += not line.strip()
+            code, seconds, nanos, recorded, number, stages = parse_line(line.decode("utf-8"))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            if line.strip():
+                self.foreign += 1
+            else:
+                self.blank += 1
             return None
         if only is not None and code != only:
             return None
-        index = self.stages.setdefault(pair, len(self.pairs))
-        if index == len(self.pairs):
-            self.pairs.append(pair)
-        self.events.setdefault(code, array("q")).extend((seconds, nanos, recorded[0] * 10**6 + recorded[1] // 1000, number, index))
-        return str(code)
+        index = self.index.get(stages)
+        if index is None:
+            index = self.index[stages] = len(self.stages)
+            self.stages.append(stages)
+        events = self.events.get(code)
+        if events is None:
+            events = self.events[code] = array("q")
+        events.extend((seconds, nanos, recorded, number, index))
+        return code
 
     def steps(self, code: str) -> list[Step]:
         """Return an interview's course, each event once, in the order of its own time."""
-        events, seen = self.events[code], set()  # type: array[int], set[int]
-        rows = [tuple(events[n:n + 5]) for n in range(0, len(events), 5)]
-        once = [row for row in rows if row[3] not in seen and not seen.add(row[3])]  # type: ignore[func-returns-value]  # add returns None
-        once.sort(key=lambda row: row[:3])
+        rows = sorted(zip(*[iter(self.events[code])] * 5), reverse=True)
+        once = sorted({row[3]: row for row in rows}.values())  # of an event in several logs, its first arrival
         first_arrival, late = math.inf, []  # type: float, list[bool]
         for row in reversed(once):
             late.append(row[2] > first_arrival)
             first_arrival = min(first_arrival, row[2])
         steps, before = [], None  # type: list[Step], str | None
         for row in once:
-            previous, stage = self.pairs[row[4]]
+            previous, stage = self.stages[row[4]]
             steps.append(Step(row[0], row[1], previous, stage, before is not None and stage is not None and previous != before, late.pop()))
             before = stage or before
         return steps
@@ -2081,12 +2105,6 @@ class Course:
     def last(self, code: str) -> tuple[int, int]:
         events = self.events[code]
         return max(zip(events[0::5], events[1::5]))
-
-
-def _text_of(body: dict[str, Any], name: str) -> str | None:
-    stage = body.get(name)
-    value = stage.get("value") if isinstance(stage, dict) else None
-    return value if isinstance(value, str) else None
 
 
 def as_json(code: str, steps: Sequence[Step]) -> str:
@@ -2101,18 +2119,24 @@ def as_json(code: str, steps: Sequence[Step]) -> str:
     return json.dumps({"interview": code, "stage": stage, "events": events}, separators=(",", ":"))
 
 
+@lru_cache(maxsize=256)
+def _label(stage: str | None) -> tuple[str, str]:
+    """Return how a stage is printed, and its colour (an SGR parameter)."""
+    ending = re.search("[A-Z][a-z]+$", stage) if stage in STAGES and stage else None
+    return f"{printable(stage or '-'):<19}", _COLOURS.get(ending[0] if ending else "", "36")
+
+
 def as_text(code: str, steps: Sequence[Step], width: int | None, colours: bool) -> Iterator[str]:
     """Yield the lines of an interview; `width` in columns cuts them, None does not."""
     yield printable(code)[:width]
     for step, after in zip(steps, [*steps[1:], None]):
-        stage = printable(step.stage or "-")
-        notes = (f"for {_duration(after.seconds - step.seconds)}" if after else "now").ljust(14)
-        notes += f" gap: came from {printable(step.previous or 'no stage')}" if step.gap else ""
-        notes += " late: arrived out of order" if step.late else ""
-        line = f"  {_local(step.seconds)}  {stage:<20} {notes}".rstrip()[:width]
-        ending = (stage in STAGES and re.search("[A-Z][a-z]+$", stage)) or None
-        sgr = "33" if step.gap or step.late else _STYLES.get(ending[0] if ending else "", "36")
-        yield f"\x1b[{sgr}m{line}\x1b[0m" if colours else line
+        stage, colour = _label(step.stage)
+        line = f"  {_local(step.seconds)}  {stage}  {f'for {_duration(after.seconds - step.seconds)}' if after else 'now'}"
+        if step.gap or step.late:
+            colour = "33"
+            line += f"  gap: came from {printable(step.previous or 'no stage')}" if step.gap else ""
+            line += "  late: arrived after a later one" if step.late else ""
+        yield f"\x1b[{colour}m{line[:width]}\x1b[0m" if colours else line[:width]
 
 
 def timeline(options: argparse.Namespace) -> int:

@@ -1201,7 +1201,7 @@ def run_timeline(*arguments, **environment):
 
 
 COURSE = (("InterviewCreated", "SchedulingTime", 0, 0), ("SchedulingCompleted", "InterviewStarted", 130, 1),
-          ("SchedulingTime", "SchedulingCompleted", 60, 2), ("InterviewCompleted", "FeedbackCollecting", 3700, 3))
+          ("SchedulingTime", "SchedulingCompleted", 60, 2), ("InterviewCompleted", "FeedbackCollecting", 3590, 3))
 
 
 def test_a_timeline_is_in_the_events_order_with_gaps_and_late_arrivals(tmp_path):
@@ -1216,7 +1216,7 @@ def test_a_timeline_is_in_the_events_order_with_gaps_and_late_arrivals(tmp_path)
     assert "code\\u202e" in done.stdout and "\x1b" not in done.stdout
     text = [line for line in done.stdout.splitlines() if "gap" in line or "late" in line]
     assert "late" in text[0] and "gap" in text[1] and "InterviewCompleted" in text[1] and len(text) == 2
-    assert "2026-11-24 10:00:00" in done.stdout and "for 1 min" in done.stdout and "for 59 min 30 s" in done.stdout
+    assert "2026-11-24 10:00:00" in done.stdout and "for 1 min" in done.stdout and "for 57 min 40 s" in done.stdout
     (line,) = run_timeline("--json", "--interview", "code\u202e", one, two).stdout.splitlines()
     interview = json.loads(line)
     assert interview["stage"] == "FeedbackCollecting" and [e.get("gap", False) for e in interview["events"]] == [False, False, False, True]
