@@ -58,7 +58,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from http import HTTPStatus
 from typing import Any, BinaryIO, NamedTuple, NoReturn, Optional
 
@@ -2172,7 +2172,7 @@ def as_text(code: str, steps: Sequence[Step], width: int | None, colours: bool) 
 
 def timeline(options: argparse.Namespace) -> int:
     """Print each interview's course, the one that changed last at the end; with --follow, go on as events come."""
-    paths = options.files or [_parse(_load_texts(options))["log"]]
+    paths = options.files or [load_settings(options).log]
     for path in paths if not options.follow else []:
         if not os.path.isfile(path):
             raise SettingsError(f"{path}: there is no such log; name one, or set SKYPE_LOG")
@@ -2213,184 +2213,157 @@ def show_changes(course: Course, tails: Sequence[Tail], options: argparse.Namesp
 
 # --- Settings and the command line ---
 
-PLACEHOLDERS = ("paste-your-api-key-here", "paste-your-api-secret-here")
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,12}", text) or not low <= int(text) <= high:  # int() alone would take 1_0, +5 and other digits
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+        return int(text)
+    return parse
 
 
-def _number(low: float, high: float, pattern: str = r"[0-9]{1,12}") -> Callable[[str], float]:
+def _seconds(low: float, high: float) -> Callable[[str], float]:
     def parse(text: str) -> float:
-        if not re.fullmatch(pattern, text) or not low <= float(text) <= high:
-            raise ValueError(f"{text!r} is not a number from {low:g} to {high:g}")
+        if not re.fullmatch(r"[0-9]{1,6}(?:\.[0-9]{1,6})?", text) or not low <= float(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from {low:g} to {high:g}")
         return float(text)
     return parse
 
 
 def _boolean(text: str) -> bool:
     if text.lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
-        raise ValueError(f"{text!r} is neither yes nor no")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
     return text.lower() in ("1", "true", "yes", "on")
 
 
-def _path(text: str) -> str:
+def _url_path(text: str) -> str:
     if not re.fullmatch(r"/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*", text) or text == "/healthz":
-        raise ValueError(f"{text!r} is not a path like /hook (and /healthz is taken)")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a path like /hook (and /healthz is taken)")
     return text
 
 
-class Setting(NamedTuple):
-    """One setting: its field in `Settings`, its name in the environment, its flag, and how its text is read."""
-
-    field: str
-    name: str
-    flag: str | None
-    default: Any
-    parse: Callable[[str], Any]
-    help: str
-
-
-_SECONDS = r"[0-9]{1,6}(?:\.[0-9]{1,6})?"
-SETTINGS = (
-    Setting("cert", "SKYPE_TLS_CERT", "--cert", "", str, "certificate, PEM, the full chain"),
-    Setting("key", "SKYPE_TLS_KEY", "--key", "", str, "its private key, PEM, not encrypted"),
-    Setting("host", "SKYPE_HOST", "--host", "", str, "address to listen on (default: all, IPv4 and IPv6)"),
-    Setting("port", "SKYPE_PORT", "--port", 8443, _number(0, 65535), "port to listen on (default: 8443)"),
-    Setting("path", "SKYPE_PATH", "--path", "/", _path, "path of the webhook URL (default: /)"),
-    Setting("log", "SKYPE_LOG", "--log", "events.jsonl", str, "the log, appended to (default: events.jsonl)"),
-    Setting("leeway", "SKYPE_LEEWAY", "--leeway", 1.0, _number(0, 3600, _SECONDS), "seconds two clocks may differ (default: 1)"),
-    Setting("max_body", "SKYPE_MAX_BODY", "--max-body", 2**20, _number(1, 2**30), "longest body in bytes (default: 1 MiB)"),
-    Setting("max_connections", "SKYPE_MAX_CONNECTIONS", "--max-connections", 256, _number(1, 10_000), "connections at once (default: 256)"),
-    Setting("request_timeout", "SKYPE_REQUEST_TIMEOUT", "--request-timeout", 10.0, _number(0.1, 3600, _SECONDS),
-            "seconds for a whole request (default: 10)"),
-    Setting("behind_proxy", "SKYPE_BEHIND_PROXY", "--behind-proxy", False, _boolean, "speak plain HTTP, to a proxy that ends TLS"),
-    Setting("api_key", "SKYPE_API_KEY", None, "", str, "the API key of your API settings page (required)"),
-    Setting("api_secret", "SKYPE_API_SECRET", None, "", str, "its secret (required), or ..._FILE: a file that holds it"),
-    Setting("api_key_previous", "SKYPE_API_KEY_PREVIOUS", None, "", str, "the key before the present one, while it is still used"),
-    Setting("api_secret_previous", "SKYPE_API_SECRET_PREVIOUS", None, "", str, "the secret before the present one, or ..._FILE"),
-    Setting("view_password", "SKYPE_VIEW_PASSWORD", None, "", str, "password of the live view (default: no live view)"),
-)
-SECRETS = ("SKYPE_API_SECRET", "SKYPE_API_SECRET_PREVIOUS")
-NAMES = frozenset(setting.name for setting in SETTINGS) | {f"{name}_FILE" for name in SECRETS}
+def _setting(default: Any, parse: Callable[[str], Any], help: str, flag: str = "") -> Any:
+    flag, _, metavar = flag.partition(" ")
+    return dataclasses.field(default=default, repr=False, metadata={"parse": parse, "flag": flag, "metavar": metavar, "help": help})
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All settings, checked; `credentials` are the current and, if there is one, the previous."""
+    """All settings; in the environment each is named SKYPE_ and its name here, and a secret can be in a file named by ..._FILE."""
 
-    cert: str
-    key: str
-    host: str
-    port: int
-    path: str
-    log: str
-    leeway: float
-    max_body: int
-    max_connections: int
-    request_timeout: float
-    behind_proxy: bool
-    view_password: str
-    credentials: tuple[Credential, ...]
+    api_key: str = _setting("", str, "the API key of your API settings page (required)")
+    api_secret: str = _setting("", str, "its secret (required)")
+    api_key_previous: str = _setting("", str, "the key before the present one, while it is still used")
+    api_secret_previous: str = _setting("", str, "the secret before the present one, while it is still used")
+    view_password: str = _setting("", str, "password of the live view (default: no live view)")
+    tls_cert: str = _setting("", str, "certificate, PEM, the full chain", "--cert FILE")
+    tls_key: str = _setting("", str, "its private key, PEM, not encrypted", "--key FILE")
+    host: str = _setting("", str, "address to listen on (default: all, IPv4 and IPv6)", "--host ADDRESS")
+    port: int = _setting(8443, _whole(0, 65535), "port to listen on (default: 8443)", "--port PORT")
+    path: str = _setting("/", _url_path, "path of the webhook URL (default: /)", "--path PATH")
+    log: str = _setting("events.jsonl", str, "the log, appended to (default: events.jsonl)", "--log FILE")
+    leeway: float = _setting(1.0, _seconds(0, 3600), "seconds that two clocks may differ (default: 1)", "--leeway SECONDS")
+    max_body: int = _setting(2**20, _whole(1, 2**30), "longest body in bytes (default: 1 MiB)", "--max-body BYTES")
+    max_connections: int = _setting(256, _whole(1, 10_000), "connections at once (default: 256)", "--max-connections N")
+    request_timeout: float = _setting(10.0, _seconds(0.1, 3600), "seconds for a whole request (default: 10)", "--request-timeout SECONDS")
+    behind_proxy: bool = _setting(False, _boolean, "speak plain HTTP, to a proxy that ends TLS", "--behind-proxy")
 
-    @property
-    def certificate(self) -> Certificate | None:
-        """Load the certificate, unless a proxy has it; raise SettingsError."""
-        return None if self.behind_proxy else Certificate(self.cert, self.key)
+    @cached_property
+    def credentials(self) -> tuple[Credential, ...]:
+        """The credentials that a token may match, the present one first; raise SettingsError where one is missing or a placeholder."""
+        for name in ("api_key", "api_secret", "api_key_previous", "api_secret_previous"):
+            if getattr(self, name) in PLACEHOLDERS:
+                raise SettingsError(f"SKYPE_{name.upper()} is still the placeholder of example.env; paste yours from the API settings page")
+        for name in ("api_key", "api_secret"):
+            if not getattr(self, name):
+                raise SettingsError(f"SKYPE_{name.upper()} is not set; put it into .env (see example.env) or into the environment")
+        if self.api_key_previous and not self.api_secret_previous:
+            raise SettingsError("SKYPE_API_KEY_PREVIOUS is set without SKYPE_API_SECRET_PREVIOUS; set both, or the secret alone")
+        present = Credential(self.api_key, self.api_secret.encode())
+        if not self.api_secret_previous:
+            return (present,)
+        return present, Credential(self.api_key_previous or self.api_key, self.api_secret_previous.encode())
+
+    def load_certificate(self) -> Certificate | None:
+        """Return the certificate, None where a proxy has it; raise SettingsError."""
+        return None if self.behind_proxy else Certificate(self.tls_cert, self.tls_key)
+
+
+PLACEHOLDERS = ("paste-your-api-key-here", "paste-your-api-secret-here")
+SECRETS = ("SKYPE_API_SECRET", "SKYPE_API_SECRET_PREVIOUS")
+SETTINGS = {f"SKYPE_{field.name.upper()}": field for field in dataclasses.fields(Settings)}
+NAMES = {*SETTINGS, *(f"{name}_FILE" for name in SECRETS)}
+_ENV_LINE = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)=\s*(?:\"(.*)\"|'(.*)'|(.*?))\s*")
 
 
 def read_env_file(path: str | None) -> dict[str, str]:
     """Return the settings in an env file; `None` means `.env`, if there is one. Raise SettingsError."""
+    name = path or ".env"
     try:
-        text = pathlib.Path(path or ".env").read_text("utf-8")
-        mode = os.stat(path or ".env").st_mode
+        text, mode = pathlib.Path(name).read_text("utf-8"), os.stat(name).st_mode
     except FileNotFoundError:
         if path is None:
             return {}
         raise SettingsError(f"--env-file {path}: there is no such file") from None
     except (OSError, UnicodeError) as error:
-        raise SettingsError(f"env file {path or '.env'}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
+        raise SettingsError(f"env file {name}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
     if mode & stat.S_IROTH and os.name == "posix":
-        tell(f"warning: {path or '.env'} can be read by every user of this machine; chmod 600 {path or '.env'}")
+        tell(f"warning: {name} can be read by every user of this machine; chmod 600 {name}")
     values = {}
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip() and not line.lstrip().startswith("#"):
-            match = re.fullmatch(r"\s*([A-Za-z_][A-Za-z0-9_]*)=\s*(?:\"(.*)\"|'(.*)'|(.*?))\s*", line)
+            match = _ENV_LINE.fullmatch(line)
             if not match:
-                raise SettingsError(f"{path or '.env'} line {number} is not NAME=value")
+                raise SettingsError(f"{name} line {number} is not NAME=value")
             values[match[1]] = match[2] or match[3] or match[4] or ""
             if match[1].startswith("SKYPE_") and match[1] not in NAMES:
-                tell(f"warning: {path or '.env'} line {number}: there is no setting {match[1]}")
+                tell(f"warning: {name} line {number}: there is no setting {match[1]}")
     return values
 
 
-def _read_secret(name: str, path: str) -> str:
-    try:
-        text = pathlib.Path(path).read_text("utf-8").rstrip("\r\n")
-    except (OSError, UnicodeError) as error:
-        raise SettingsError(f"{name}_FILE {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
-    if not text:
-        raise SettingsError(f"{name}_FILE {path}: it is empty")
+def _look_up(name: str, source: Mapping[str, str]) -> str:
+    """Return a setting's text from environment or env file, "" where it is not set; raise SettingsError."""
+    text, path = source.get(name, ""), source.get(f"{name}_FILE", "") if name in SECRETS else ""
+    if text and path:
+        raise SettingsError(f"{name} and {name}_FILE are both set; keep one")
+    if path:
+        try:
+            text = pathlib.Path(path).read_text("utf-8").rstrip("\r\n")
+        except (OSError, UnicodeError) as error:
+            raise SettingsError(f"{name}_FILE {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
+        if not text:
+            raise SettingsError(f"{name}_FILE {path}: it is empty")
     return text
 
 
-def gather(flags: Mapping[str, str | None], environment: Mapping[str, str], env_file: Mapping[str, str]) -> dict[str, str]:
-    """Return what is set, by name: a flag wins over the environment, that over the env file. An empty text is not set."""
-    gathered = {}
-    for setting in SETTINGS:
-        for source in (flags, environment, env_file):
-            text, path = source.get(setting.name), source.get(f"{setting.name}_FILE") if setting.name in SECRETS else None
-            if text and path:
-                raise SettingsError(f"{setting.name} and {setting.name}_FILE are both set; keep one")
-            if text or path:
-                gathered[setting.name] = text or _read_secret(setting.name, path or "")
-                break
-    return gathered
-
-
-def _credentials(values: Mapping[str, Any]) -> tuple[Credential, ...]:
-    for name in ("api_key", "api_secret", "api_key_previous", "api_secret_previous"):
-        if values[name] in PLACEHOLDERS:
-            raise SettingsError(f"SKYPE_{name.upper()} is still the placeholder of example.env; paste yours from the API settings page")
-    for name in ("api_key", "api_secret"):
-        if not values[name]:
-            raise SettingsError(f"SKYPE_{name.upper()} is not set; put it into .env (see example.env) or into the environment")
-    current = Credential(values["api_key"], values["api_secret"].encode())
-    if values["api_secret_previous"]:
-        return current, Credential(values["api_key_previous"] or current.api_key, values["api_secret_previous"].encode())
-    if values["api_key_previous"]:
-        raise SettingsError("SKYPE_API_KEY_PREVIOUS is set without SKYPE_API_SECRET_PREVIOUS; set both, or the secret alone")
-    return (current,)
-
-
-def _parse(texts: Mapping[str, str]) -> dict[str, Any]:
-    """Return every setting's value by its field; raise SettingsError."""
-    values = {}
-    for setting in SETTINGS:
-        try:
-            value = setting.parse(texts[setting.name]) if setting.name in texts else setting.default
-        except ValueError as error:
-            raise SettingsError(f"{setting.flag or setting.name}: {error}") from None
-        values[setting.field] = type(setting.default)(value)
-    return values
-
-
-def _load_texts(options: argparse.Namespace) -> dict[str, str]:
-    flags = {setting.name: getattr(options, setting.field, None) for setting in SETTINGS}
-    return gather(flags, os.environ, read_env_file(options.env_file))
-
-
 def load_settings(options: argparse.Namespace) -> Settings:
-    """Return the settings of a receiver from flags, environment and env file; raise SettingsError."""
-    values = _parse(_load_texts(options))
-    if values["behind_proxy"]:
-        if values["cert"] or values["key"]:
+    """Return the settings: a flag wins over the environment, that over the env file; an empty text is not set. Raise SettingsError."""
+    env_file = read_env_file(options.env_file)
+    values: dict[str, Any] = {}
+    for name, field in SETTINGS.items():
+        value = getattr(options, field.name, None)
+        if value in (None, ""):
+            try:
+                text = _look_up(name, os.environ) or _look_up(name, env_file)
+                value = field.metadata["parse"](text) if text else field.default
+            except argparse.ArgumentTypeError as error:
+                raise SettingsError(f"{name} ({field.metadata['flag']}): {error}") from None
+        values[field.name] = value
+    return Settings(**values)
+
+
+def load_serving(options: argparse.Namespace) -> Settings:
+    """Return the settings of a receiver, with all that it needs; raise SettingsError."""
+    settings = load_settings(options)
+    if settings.behind_proxy:
+        if settings.tls_cert or settings.tls_key:
             raise SettingsError("--behind-proxy speaks plain HTTP; leave --cert and --key to the proxy")
-        values["host"] = values["host"] or "127.0.0.1"
-    else:
-        for name in ("cert", "key"):
-            if not values[name]:
-                raise SettingsError(f"--{name} is missing; HTTPS needs --cert and --key (or --behind-proxy; or try: demo)")
-    credentials = _credentials(values)
-    for name in ("api_key", "api_secret", "api_key_previous", "api_secret_previous"):
-        del values[name]
-    return Settings(credentials=credentials, **values)
+        settings = dataclasses.replace(settings, host=settings.host or "127.0.0.1")
+    elif not (settings.tls_cert and settings.tls_key):
+        missing = "--key" if settings.tls_cert else "--cert"
+        raise SettingsError(f"{missing} is missing; HTTPS needs --cert and --key (or --behind-proxy; or try: demo)")
+    _ = settings.credentials  # here, so that a missing one ends the start
+    return settings
 
 
 def open_journal(path: str) -> Journal:
@@ -2433,11 +2406,11 @@ def reload_settings(receiver: Receiver, options: argparse.Namespace) -> None:
     """Read env file and certificates again (SIGHUP); what is wrong changes nothing."""
     notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
-        old, new = receiver.settings, load_settings(options)
+        old, new = receiver.settings, load_serving(options)
         bound = {name: getattr(old, name) for name in ("host", "port", "log", "max_connections", "behind_proxy")}
         changed = [name for name, value in bound.items() if getattr(new, name) != value]
         new = dataclasses.replace(new, **bound)
-        receiver.adopt(new, new.certificate)
+        receiver.adopt(new, new.load_certificate())
         tell("settings and certificate were read again" + (f"; a restart is needed for: {', '.join(changed)}" if changed else ""))
     except SettingsError as error:
         tell(f"error: {error}; the old settings stay in force")
@@ -2445,8 +2418,8 @@ def reload_settings(receiver: Receiver, options: argparse.Namespace) -> None:
 
 
 def serve(options: argparse.Namespace) -> int:
-    settings = load_settings(options)
-    certificate = settings.certificate
+    settings = load_serving(options)
+    certificate = settings.load_certificate()
     with open_journal(settings.log) as journal:
         inherited = take_listeners()
         listeners = inherited or open_listeners(settings.host, settings.port)
@@ -2474,16 +2447,13 @@ def demo(options: argparse.Namespace) -> int:
     cert, key = make_certificate(folder)
     credential = Credential(str(uuid.uuid4()), secrets.token_urlsafe(32).encode())
     log = os.path.join(folder, "events.jsonl")
-    values = {**_parse({}), "cert": cert, "key": key, "host": "127.0.0.1", "log": log, "port": 0}
-    if options.port:
-        values["port"] = _parse({"SKYPE_PORT": options.port})["port"]
-    settings = Settings(credentials=(credential,), **{field.name: values[field.name] for field in dataclasses.fields(Settings)
-                                                      if field.name in values})
+    settings = Settings(credential.api_key, credential.api_secret.decode(), tls_cert=cert, tls_key=key, host="127.0.0.1",
+                        port=options.port or 0, log=log)
     pathlib.Path(folder, ".env").touch(0o600)
     pathlib.Path(folder, ".env").write_text(f"SKYPE_API_KEY={credential.api_key}\nSKYPE_API_SECRET={credential.api_secret.decode()}\n")
     with open_journal(log) as journal:
         listeners = open_listeners(settings.host, settings.port)
-        receiver = Receiver(settings, journal, listeners, settings.certificate)
+        receiver = Receiver(settings, journal, listeners, settings.load_certificate())
         url = f"https://localhost:{listeners[0].getsockname()[1]}/"
         threading.Thread(target=show_delivery, args=(url, credential, folder), daemon=True).start()
         return run(receiver, lambda: None)
@@ -2563,25 +2533,22 @@ def deliver_by_all(senders: Sequence[Sender], count: int, body: Callable[[], byt
 
 def send(options: argparse.Namespace) -> int:
     """Sign and deliver sample events, or one from a file; return 0 if all were taken."""
-    credential = _credentials(_parse(_load_texts(options)))[0]
+    credential = load_settings(options).credentials[0]
     try:
         context = ssl.create_default_context(cafile=options.ca)
         stored = pathlib.Path(options.file).read_bytes() if options.file else None
-        count, concurrency = (int(_number(1, 10**9)(text)) for text in (options.count, options.concurrency))
     except OSError as error:  # an SSLError too
         raise SettingsError(f"{error.filename or options.ca}: {error.strerror or 'there is no PEM certificate in it'}") from None
-    except ValueError as error:
-        raise SettingsError(f"--count, --concurrency: {error}") from None
     context.check_hostname = context.check_hostname and not options.insecure
     context.verify_mode = ssl.CERT_NONE if options.insecure else ssl.CERT_REQUIRED
 
     def body() -> bytes:
         return sample_event(options.stage, str(uuid.uuid4()), time.time()) if stored is None else stored
 
-    senders = [Sender(options.url, credential, context) for _ in range(min(count, concurrency))]
+    senders = [Sender(options.url, credential, context) for _ in range(min(options.count, options.concurrency))]
     begun, busy = time.perf_counter(), time.process_time()
-    tally = deliver_by_all(senders, count, body)
-    if count > 1:
+    tally = deliver_by_all(senders, options.count, body)
+    if options.count > 1:
         print(tally.describe(time.perf_counter() - begun, time.process_time() - busy))
     elif tally.taken:
         print(f"{tally.last.get('status')} {tally.last.get('id')} in {tally.taken[0]:.1f} ms")
@@ -2611,23 +2578,22 @@ def _make_parser(command: str) -> Parser:
         parser.description = (__doc__ or "").partition("\n")[0]
         parser.epilog = ("commands:\n" + "".join(f"  {name:<10} {text}\n" for name, (_, text) in COMMANDS.items())
                          + "\nsettings (flag, else environment, else env file):\n"
-                         + "".join(f"  {each.name:<26} {each.flag or each.help}\n" for each in SETTINGS)
-                         + "  SKYPE_API_SECRET_FILE, SKYPE_API_SECRET_PREVIOUS_FILE: files that hold the secrets")
+                         + "".join(f"  {each:<26} {field.metadata['flag'] or field.metadata['help']}\n" for each, field in SETTINGS.items())
+                         + "  " + ", ".join(f"{each}_FILE" for each in SECRETS) + ": files that hold the secrets")
         parser.add_argument("--version", action="version", version=__version__)
     if command != "demo":
         parser.add_argument("--env-file", metavar="FILE", help="settings by name (default: .env, if there)")
-    for setting in SETTINGS:
-        if setting.flag and (command == "serve" or (command, setting.field) in (("demo", "port"), ("timeline", "log"))):
-            if setting.parse is _boolean:
-                parser.add_argument(setting.flag, action="store_const", const="yes", help=setting.help)
-            else:
-                parser.add_argument(setting.flag, metavar=setting.field.rpartition("_")[2].upper(), help=setting.help)
+    for field in SETTINGS.values():
+        flag, metavar = field.metadata["flag"], field.metadata["metavar"]
+        kind: dict[str, Any] = {"type": field.metadata["parse"], "metavar": metavar} if metavar else {"action": "store_true", "default": None}
+        if flag and (command == "serve" or (command, flag) in (("demo", "--port"), ("timeline", "--log"))):
+            parser.add_argument(flag, dest=field.name, help=field.metadata["help"], **kind)
     if command == "send":
         parser.add_argument("url", metavar="URL", help="for instance https://localhost:8443/")
         parser.add_argument("--stage", metavar="NAME", default="SchedulingTime", help="currentStage, for instance " + ", ".join(STAGES))
         parser.add_argument("--file", metavar="FILE", help="deliver this body instead of a sample event")
-        parser.add_argument("--count", metavar="N", default="1", help="deliveries in all")
-        parser.add_argument("--concurrency", metavar="C", default="1", help="connections at once")
+        parser.add_argument("--count", metavar="N", type=_whole(1, 10**9), default=1, help="deliveries in all")
+        parser.add_argument("--concurrency", metavar="C", type=_whole(1, 1000), default=1, help="connections at once")
         parser.add_argument("--ca", metavar="FILE", help="trust this certificate (PEM)")
         parser.add_argument("--insecure", action="store_true", help="trust any certificate")
     if command == "timeline":

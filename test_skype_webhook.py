@@ -1317,12 +1317,12 @@ def test_flags_win_over_the_environment_and_that_over_the_env_file(tmp_path, mon
     monkeypatch.setenv("SKYPE_PORT", "2")
     monkeypatch.setenv("SKYPE_PATH", "/environment")
     monkeypatch.setenv("SKYPE_LOG", "")
-    settings = sw.load_settings(serve_options("--port", "3", "--behind-proxy"))
+    settings = sw.load_serving(serve_options("--port", "3", "--behind-proxy"))
     assert (settings.port, settings.path, settings.log, settings.host) == (3, "/environment", "f", "127.0.0.1")
     assert settings.credentials == (sw.Credential("from file", b"s"), sw.Credential("from file", b"old"))
     (tmp_path / "secret").write_bytes(b"in a file\r\n")
     monkeypatch.setenv("SKYPE_API_SECRET_FILE", "secret")
-    assert sw.load_settings(serve_options("--behind-proxy")).credentials[0].api_secret == b"in a file"
+    assert sw.load_serving(serve_options("--behind-proxy")).credentials[0].api_secret == b"in a file"
 
 
 def test_an_env_file_that_others_can_read_and_an_unknown_setting_are_warned_about(serve, tmp_path):
@@ -1337,7 +1337,7 @@ def test_every_setting_is_documented_and_the_placeholders_are_refused(tmp_path):
     example = (HERE / "example.env").read_text()
     for name in sw.NAMES:
         assert code == 0 and name in out and name in (HERE / "README.md").read_text() and re.search(rf"^#?{name}=", example, re.M)
-    for setting in sw.SETTINGS:
-        assert not setting.flag or setting.flag in out
+    for field in sw.SETTINGS.values():
+        assert not field.metadata["flag"] or field.metadata["flag"] in out
     code, _, err = run("--env-file", HERE / "example.env", "--behind-proxy", "--port", 0, cwd=tmp_path)
     assert code == 2 and "placeholder" in err
