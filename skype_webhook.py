@@ -1127,27 +1127,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 # --- The server: sockets, TLS, threads, deadlines ---
 
-_VALIDITY = re.compile(rb"\x30.(?:\x17\x0d|\x18\x0f)([0-9]{12,14})Z(?:\x17\x0d|\x18\x0f)([0-9]{12,14})Z", re.DOTALL)
-
-
-def _validity(pem: str) -> Iterator[float]:
-    """Yield notBefore and notAfter of the first certificate, in Unix seconds (RFC 5280 section 4.1.2.5)."""
-    der = ssl.PEM_cert_to_DER_cert(pem[pem.index("-----BEGIN CERTIFICATE-----"):pem.index("-----END CERTIFICATE-----") + 25])
-    match = _VALIDITY.search(der)
-    for moment in match.groups() if match else ():
-        text = moment.decode()
-        full = text if len(text) == 14 else ("20" if text < "50" else "19") + text
-        yield datetime.strptime(full, "%Y%m%d%H%M%S").replace(tzinfo=timezone.utc).timestamp()
-
-
-def _read_pem(name: str, path: str, label: str) -> str:
+def _check_pem(name: str, path: str, label: str) -> None:
     try:
         text = pathlib.Path(path).read_text("latin-1")
     except OSError as error:
         raise SettingsError(f"{name} {path}: {error.strerror}") from None
     if not re.search(rf"-----BEGIN {label}-----", text):
         raise SettingsError(f"{name} {path}: there is no PEM {label.rpartition(']*')[2].lower()} in it")
-    return text
 
 
 def _refuse_password() -> str:
@@ -1156,8 +1142,8 @@ def _refuse_password() -> str:
 
 def load_context(cert: str, key: str) -> ssl.SSLContext:
     """Return a new server context with this certificate chain and key (PEM files); raise SettingsError."""
-    pem = _read_pem("--cert", cert, "CERTIFICATE")
-    _read_pem("--key", key, "[A-Z ]*PRIVATE KEY")
+    _check_pem("--cert", cert, "CERTIFICATE")
+    _check_pem("--key", key, "[A-Z ]*PRIVATE KEY")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
@@ -1172,13 +1158,6 @@ def load_context(cert: str, key: str) -> ssl.SSLContext:
         trouble = ("they do not belong together" if error.reason == "KEY_VALUES_MISMATCH" else
                    f"they cannot be used ({error.reason or 'broken PEM'}); is one of them cut short?")
         raise SettingsError(f"--cert {cert}, --key {key}: {trouble}") from None
-    try:
-        begins, ends = _validity(pem)
-    except ValueError:
-        return context
-    if not begins <= time.time() <= ends:
-        what, when = ("has expired", ends) if time.time() > ends else ("is not valid yet", begins)
-        tell(f"warning: --cert {cert} {what} ({formatdate(when, usegmt=True)}): senders will refuse it; renew it")
     return context
 
 
@@ -1410,7 +1389,7 @@ class Receiver(socketserver.BaseServer):
             except ssl.SSLError as error:
                 if error.reason and not isinstance(error, ssl.SSLEOFError):
                     distrust = re.search("CERT|_CA", error.reason)
-                    hint = "; it does not trust the certificate: is --cert the full chain?" if distrust else ""
+                    hint = "; it does not trust the certificate: is it current, and --cert the full chain?" if distrust else ""
                     tell(f"{link.peer} TLS handshake failed: {error.reason}{hint}")
                 return False
         link.socket.sendall(format_answer(400, b"This port speaks https: use https:// in the URL.\n", "text/plain; charset=utf-8",
@@ -2342,7 +2321,7 @@ def load_settings(options: argparse.Namespace) -> Settings:
     values: dict[str, Any] = {}
     for name, field in SETTINGS.items():
         value = getattr(options, field.name, None)
-        if value in (None, ""):
+        if value in (None, ""):  # no flag
             try:
                 text = _look_up(name, os.environ) or _look_up(name, env_file)
                 value = field.metadata["parse"](text) if text else field.default
@@ -2585,7 +2564,8 @@ def _make_parser(command: str) -> Parser:
         parser.add_argument("--env-file", metavar="FILE", help="settings by name (default: .env, if there)")
     for field in SETTINGS.values():
         flag, metavar = field.metadata["flag"], field.metadata["metavar"]
-        kind: dict[str, Any] = {"type": field.metadata["parse"], "metavar": metavar} if metavar else {"action": "store_true", "default": None}
+        kind: dict[str, Any] = ({"type": field.metadata["parse"], "metavar": metavar} if metavar
+                                else {"action": "store_const", "const": True})
         if flag and (command == "serve" or (command, flag) in (("demo", "--port"), ("timeline", "--log"))):
             parser.add_argument(flag, dest=field.name, help=field.metadata["help"], **kind)
     if command == "send":
