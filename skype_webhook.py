@@ -30,6 +30,7 @@ import http.client
 import http.server
 import io
 import ipaddress
+import itertools
 import json
 import json.encoder
 import math
@@ -89,6 +90,7 @@ STOP_GRACE = 1.0                  # of which senders may use that much to finish
 LOOK_SECONDS = 2.0                # between two looks at the certificate's files
 CLOCK_HINT = 300.0                # seconds; a token this near its time was refused for a wrong clock
 READ_SIZE = 16 * 1024             # bytes; one TLS record
+READ_BACK = 2**20                 # bytes of the log read at once at start
 REPORT_PAUSE = 0.02               # seconds; lines of deliveries wait this long for others
 VIEWERS = 16                      # live views at once, besides the connections: people, not senders
 VIEW_BYTES = 256 * 1024           # of the log that a new viewer gets: some four hundred events
@@ -499,7 +501,7 @@ class Journal:
         self._closing = False
         self._file = self._identity = None  # type: Any
         self._appender = -1
-        self._seal_from: int | None = None
+        self._seal_from: int | None = None                # where a torn tail begins that has to be sealed yet
         try:
             self._open()
         except OSError as error:
@@ -634,6 +636,8 @@ class Journal:
         except FileNotFoundError:
             now = None
         if now is None or (now.st_dev, now.st_ino) != self._identity:
+            with contextlib.suppress(OSError):
+                self._seal()  # the last chance to mend this one
             self._release()
             self._open()
 
@@ -660,51 +664,43 @@ class Journal:
                 os.fsync(folder)
             finally:
                 os.close(folder)
-        self._find_tail()
-        self._seal()
         self._read_back()
+
+    def _read_back(self) -> None:
+        """End a torn tail, and remember the ids that stand at the end of the file."""
+        lines = self._lines_backwards()
+        tail = next(lines)
+        recent = [tail] if self._end_tail(tail) else []
+        recent += itertools.islice((line for line in lines if line.startswith(_LINE_START)), RECENT_IDS)
+        for line in reversed(recent):  # the oldest first: it will be forgotten first
+            self._remember(line[_ID].decode("ascii", "replace"))
         _sync(self._appender)  # what a crash left unsynced must be durable before it is called a duplicate
 
-    def _find_tail(self) -> None:
-        """Set `_seal_from` if bytes stand after the last newline; a whole event only gets its newline."""
-        size = start = self._file.seek(0, os.SEEK_END)
-        tail = b""
-        while start and b"\n" not in tail:
-            start = max(0, start - READ_SIZE if len(tail) < READ_SIZE else start - len(tail))
+    def _lines_backwards(self) -> Iterator[bytes]:
+        """Yield what stands after the last newline, then the whole lines before it, the last first, RECENT_BYTES in all."""
+        start, rest, within = self._file.seek(0, os.SEEK_END), b"", False
+        limit = max(0, start - RECENT_BYTES)
+        while start > limit:
+            end, start = start, max(limit, start - READ_BACK)
             self._file.seek(start)
-            tail = self._read(size - start)
-            if len(tail) > RECENT_BYTES and b"\n" not in tail:
-                raise JournalError("its last line is longer than any event; is it a log of this program?")
-        tail = tail[tail.rfind(b"\n") + 1:]
-        if not tail:
-            self._seal_from = None
-            return
-        self._seal_from = size - len(tail)
+            rest, *whole = (self._file.read(end - start) + rest).split(b"\n")
+            within = within or bool(whole)
+            yield from reversed(whole)
+        if start == 0:
+            yield rest
+        elif not within:
+            raise JournalError("its last line is longer than any event; is it a log of this program?")
+
+    def _end_tail(self, tail: bytes) -> bool:
+        """Seal bytes that stand after the last newline; return whether they are an event, which only lacked its newline."""
+        self.sealed = len(tail)
+        self._seal_from = self._file.seek(0, os.SEEK_END) - len(tail) if tail else None
         with contextlib.suppress(ValueError):
             if tail.startswith(_LINE_START) and _decode_object(tail, _BODY) and os.write(self._appender, b"\n"):
                 self._seal_from = None
-        self.sealed = len(tail)
-
-    def _read(self, count: int) -> bytes:
-        parts = []
-        while count and (part := self._file.read(count)):
-            parts.append(part)
-            count -= len(part)
-        return b"".join(parts)
-
-    def _read_back(self) -> None:
-        """Remember the ids at the end of the file; the oldest last, so that they are forgotten first."""
-        start, rest, ids = self._file.seek(0, os.SEEK_END), b"", []  # type: int, bytes, list[str]
-        limit = max(0, start - RECENT_BYTES)
-        while start > limit and len(ids) < RECENT_IDS:
-            end, start = start, max(limit, start - 2**20)
-            self._file.seek(start)
-            lines = (self._read(end - start) + rest).split(b"\n")
-            rest = lines[0][:_ID.stop]  # an id stands at a fixed place, so the start of a cut line is enough
-            whole = lines if start == 0 else lines[1:]
-            ids += [line[_ID].decode("ascii", "replace") for line in reversed(whole) if line.startswith(_LINE_START)]
-        for event_id in reversed(ids[:RECENT_IDS]):
-            self._remember(event_id)
+                return True
+        self._seal()
+        return False
 
     def _remember(self, event_id: str) -> None:
         if event_id in self._recent:
