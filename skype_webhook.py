@@ -725,7 +725,9 @@ _REQUEST_LINE = re.compile(rb"(" + _TOKEN_CHARS + rb") ([!-~]+) HTTP/([0-9])\.([
 _FIELD_LINE = re.compile(_TOKEN_CHARS + rb":[\t -~\x80-\xff]*")  # no space before the colon, no fold, no bare CR, LF or NUL
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+;=-]*)(?::[0-9]*)?")
 _PATH = re.compile(r"(?:https?://[^/?#]+)?([^?]*)\??(.*)", re.IGNORECASE)
-_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)(?:[ \t]*;[\t -~\x80-\xff]*)?")
+_QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
+_EXTENSION = rb"[ \t]*;[ \t]*" + _TOKEN_CHARS + rb"(?:[ \t]*=[ \t]*(?:" + _TOKEN_CHARS + rb"|" + _QUOTED + rb"))?"
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)(?:" + _EXTENSION + rb")*")
 _BARE = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|\x00")
 CHUNKED = -1
 
