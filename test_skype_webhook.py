@@ -71,6 +71,7 @@ class Peer:
 
     def __init__(self, port, tls=True, timeout=15):
         self.raw = socket.create_connection(("127.0.0.1", port), timeout)
+        self.raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket = ssl._create_unverified_context().wrap_socket(self.raw, server_hostname="localhost") if tls else self.raw
         self.file = self.socket.makefile("rb")
 
@@ -739,34 +740,68 @@ def test_framing(shared, case):
             assert "Python" not in fields["server"]
             if status >= 400:
                 assert json.loads(content)["status"] == status and fields["content-type"] == "application/problem+json"
-        if due[-1] >= 400 or len(due) == 1:
-            assert fields["connection"] == "close" and peer.ended()
+        assert fields["connection"] == "close" and peer.ended()
     assert len(shared.log.read_bytes().splitlines()) == len(before.splitlines()) + due.count(200)
     assert shared.deliver(event())[0] == 200
 
 
-def test_a_chunked_body_in_many_pieces_is_the_body(shared):
-    body = event()
-    chunked = b"".join(b"%x\r\n%c\r\n" % (1, byte) for byte in body) + b"0\r\n\r\n"
+@pytest.mark.parametrize("beginning", ["\n", "POST / HTTP/1.1\nHost: x\n\n", "POST / HTTP/1.1\r\nX: y\rZ", "POST / HTTP/1.1\r\nX: \0",
+                                       *(CHUNKED.partition("11\r\n")[0] + line for line in ("11\n", "11;a\rb", "1" * 9000))])
+def test_what_can_never_become_a_request_is_refused_at_once(shared, beginning):
     with Peer(shared.port) as peer:
-        head = post(body, "Transfer-Encoding: chunked", length=False)[:-len(body)]
-        for piece in (head[:30], head[30:] + chunked[:7], chunked[7:]):
-            peer.send(piece)
-        assert json.loads(peer.answer()[2])["id"] == hashlib.sha256(body).hexdigest()
-        peer.send(post(event()))
-        assert peer.answer()[0] == 200
+        peer.send(beginning.replace("{token}", token(b"")).encode())
+        assert peer.answer()[0] == 400 and peer.ended()
+
+
+def test_a_delivery_is_one_wherever_it_is_cut(shared):
+    body = event()
+    chunks = b"".join(b"%x;a=b\r\n%b\r\n" % (len(piece), piece) for piece in (body[:1], body[1:100], body[100:])) + b"0\r\nX: y\r\n\r\n"
+    with Peer(shared.port) as peer:  # a record at a time is what the receiver reads
+        for raw in (b"\r\n" + post(body), post(body, "Transfer-Encoding: chunked", length=False)[:-len(body)] + chunks):
+            for cut in range(1, len(raw)):
+                peer.send(raw[:cut])
+                peer.send(raw[cut:])
+                assert json.loads(peer.answer()[2])["id"] == hashlib.sha256(body).hexdigest(), cut
+            for byte in raw:
+                peer.send(bytes([byte]))
+            assert json.loads(peer.answer()[2])["id"] == hashlib.sha256(body).hexdigest()
+        with contextlib.suppress(OSError):
+            for byte in b"\r\n\r\n" + raw:
+                peer.send(bytes([byte]))
+        assert peer.answer()[0] == 400
+
+
+@pytest.mark.parametrize(("size", "framing", "due"), [(2**20, 0, 200), (2**20 + 1, 0, 413), (2**20 - 14, 14, 200), (2**20 - 13, 14, 413)])
+def test_a_body_with_its_framing_may_be_as_long_as_the_cap(shared, size, framing, due):
+    body = event(x="y" * (size - len(event(x=""))))
+    raw = b"%x\r\n%b\r\n0\r\n\r\n" % (size, body) if framing else body
+    assert (len(body), len(raw)) == (size, size + framing)
+    head = post(body, "Transfer-Encoding: chunked", length=False) if framing else post(body)
+    with Peer(shared.port) as peer:
+        peer.send(head[:-size] + raw)
+        assert peer.answer()[0] == due
+
+
+def test_chunk_extensions_count_towards_the_cap(shared):
+    with Peer(shared.port) as peer:
+        peer.send(post(BODY, "Transfer-Encoding: chunked", length=False)[:-len(BODY)] + (b"1;" + b"a" * 8000 + b"\r\n \r\n") * 140)
+        assert peer.answer()[0] == 413
+    assert shared.deliver(event())[0] == 200
 
 
 def test_a_continue_comes_only_after_a_good_head(shared):
     body = event()
+    good = post(body, "Expect: 100-continue")[:-len(body)]
     with Peer(shared.port) as peer:
-        peer.send(post(body, "Expect: 100-continue")[:-len(body)])
-        assert peer.answer()[0] == 100
-        peer.send(body)
-        assert peer.answer()[0] == 200
-    with Peer(shared.port) as peer:
-        peer.send(post(body, "Expect: 100-continue", authorization="Bearer a.b.c")[:-len(body)])
-        assert peer.answer()[0] == 401 and peer.ended()
+        peer.send(post(body) + good)
+        assert [peer.answer()[0], peer.answer()[0]] == [200, 100]
+        peer.send(body + good + body)
+        assert [peer.answer()[0], peer.answer()[0]] == [200, 200]  # who has sent the body waits for no 100
+    for head, due in ((post(body, "Expect: 100-continue", authorization="Bearer a.b.c"), 401), (good.replace(b"Length: ", b"Length: 9999"), 413),
+                      (good.replace(b"Content-Length", b"X"), 411), (good.replace(b"POST /", b"POST /x"), 404), (good.replace(b"POST", b"PUT"), 405)):
+        with Peer(shared.port) as peer:
+            peer.send(head.partition(b"\r\n\r\n")[0] + b"\r\n\r\n")
+            assert peer.answer()[0] == due and peer.ended()
 
 
 def test_pipelined_requests_are_answered_in_order(shared):
@@ -797,9 +832,10 @@ def test_connections_are_kept_as_asked(shared, version, option, kept):
 
 def test_other_methods_and_paths(shared):
     with Peer(shared.port) as peer:
-        for request, status, allow in (("GET /", 405, "POST"), ("PUT /healthz", 405, "GET, HEAD"), ("GET /events", 404, None), ("GET /x", 404, None)):
+        for request, status, allow in (("GET /", 405, "POST"), ("HEAD /", 405, "POST"), ("PUT /healthz", 405, "GET, HEAD"), ("GET /events", 404, None),
+                                       ("HEAD /x", 404, None), ("OPTIONS *", 404, None), ("GET /x", 404, None)):
             peer.send(f"{request} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-            answer = peer.answer()
+            answer = peer.answer(with_content=not request.startswith("HEAD"))
             assert (answer[0], answer[1].get("allow")) == (status, allow)
 
 
@@ -807,6 +843,17 @@ def test_a_refused_sender_of_a_large_body_reads_its_answer(shared):
     with Peer(shared.port) as peer:
         peer.send(b"POST / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer a.b.c\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 1_000_000)
         assert peer.answer()[0] == 401 and peer.ended()
+
+
+def test_a_refused_sender_that_never_ends_is_cut_off(shared):
+    sent = 0
+    with Peer(shared.port) as peer, pytest.raises(OSError):
+        peer.send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+        while sent < 64 * 2**20:
+            peer.send(b"x" * 65_536)
+            sent += 65_536
+    assert sent < 64 * 2**20
+    assert shared.deliver(event())[0] == 200
 
 
 def test_plain_http_is_told_to_use_https(shared):
