@@ -1062,6 +1062,76 @@ def test_behind_a_proxy_the_address_that_it_saw_is_named(serve):
     server.wait_for(r" 203\.0\.113\.9 recorded (.|\n)* 127\.0\.0\.1:\d+ recorded ")
 
 
+# How to start it, how to end it once all is answered, its configuration. Each logs: what was handed on, or not|status|request line.
+PROXIES = {
+    "nginx": ("-c", signal.SIGQUIT, """
+daemon off; master_process off; pid {folder}/pid; error_log {folder}/errors; events {{}}
+http {{
+    log_format requests '$upstream_status|$status|$request'; access_log {folder}/requests requests;
+    client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder}; uwsgi_temp_path {folder}; scgi_temp_path {folder};
+    client_header_timeout 200ms; client_body_timeout 200ms; lingering_close off; lingering_timeout 200ms;
+    large_client_header_buffers 4 32k; client_max_body_size 2m;
+    upstream receiver {{ server 127.0.0.1:{receiver}; keepalive 8; }}
+    server {{ listen 127.0.0.1:{port}; location / {{
+        proxy_pass http://receiver; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_next_upstream off; }} }}
+}}
+"""),
+    "haproxy": ("-f", signal.SIGUSR1, """
+defaults
+    mode http
+    option http-buffer-request
+    http-reuse always
+    timeout connect 2s
+    timeout server 5s
+    timeout client 200ms
+    timeout http-request 200ms
+frontend proxy
+    bind 127.0.0.1:{port}
+    log stdout format raw local0
+    log-format "%s|%ST|%r"
+    default_backend receivers
+backend receivers
+    server receiver 127.0.0.1:{receiver}
+"""),
+}
+
+
+@pytest.mark.parametrize("proxy", PROXIES)
+def test_a_proxy_and_the_receiver_see_the_same_requests(serve, tmp_path, proxy):
+    program = shutil.which(proxy, path=os.environ["PATH"] + ":/usr/sbin")
+    if not program:
+        pytest.skip(f"{proxy} is not installed")
+    server = serve("--behind-proxy")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    flag, ending, configuration = PROXIES[proxy]
+    (tmp_path / "configuration").write_text(configuration.format(folder=tmp_path, port=port, receiver=server.port))
+    with open(tmp_path / "requests", "wb") as requests, open(tmp_path / "errors", "wb") as errors:
+        process = subprocess.Popen([program, flag, str(tmp_path / "configuration")], stdout=requests, stderr=errors)
+    try:
+        while process.poll() is None:
+            with contextlib.suppress(OSError), Peer(port, tls=False):
+                break
+            time.sleep(0.005)
+        assert process.poll() is None, (tmp_path / "errors").read_text()
+        for case in FRAMING:
+            raw, due = framed(case)
+            with Peer(port, tls=False) as peer, contextlib.suppress(OSError):  # it can be refused before it is sent whole
+                peer.send(raw)
+                if due == (413,):  # more was promised than is sent
+                    peer.raw.shutdown(socket.SHUT_WR)
+                peer.file.read()
+        process.send_signal(ending)
+        process.wait(10)
+    finally:
+        process.kill()
+    assert server.stop() == 0
+    requests = re.findall(r"^([^|\n]+)\|([^|\n]+)\|(.*)$", (tmp_path / "requests").read_bytes().decode("latin-1"), re.MULTILINE)
+    handed_on = [(request, status) for receiver, status, request in requests if receiver not in ("-", "<NOSRV>")]
+    assert len(handed_on) == sum(map(int, re.search(r"(\d+) recorded, (\d+) duplicate, (\d+) refused", server.stderr()).groups())) > 200
+    assert {status for request, status in handed_on if request == "POST /?next HTTP/1.1"} == {"200"}
+
+
 PASSWORD = "p\u00e4ssw\u00f6rt"
 
 
