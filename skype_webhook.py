@@ -948,10 +948,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def begin(self) -> bool:
         """Wait for the first byte of a request; return False if the peer has none."""
-        if not self.buffer:
-            self.buffer = self.receive()
-            if not self.buffer:
+        while self.buffer in (b"", b"\r\n"):  # old senders end a body with an empty line (RFC 9112 section 2.2); it begins no request
+            received = self.receive()
+            if not received:
                 return False
+            self.buffer += received
         if not self.first:  # the time of the first request runs since accept
             self.request.since = time.monotonic()
         self.started = self.request.since

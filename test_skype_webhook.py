@@ -856,6 +856,20 @@ def test_a_refused_sender_that_never_ends_is_cut_off(shared):
     assert shared.deliver(event())[0] == 200
 
 
+def test_an_empty_line_after_a_delivery_is_no_request(serve):
+    server = serve()
+    with Peer(server.port) as peer:
+        peer.send(post(event()) + b"\r\n")
+        assert peer.answer()[0] == 200
+        peer.send(b"\r\n" + post(event()) + b"\r\n")
+        assert peer.answer()[0] == 400
+    with Peer(server.port) as peer:
+        peer.send(post(event()) + b"\r\n")
+        assert peer.answer()[0] == 200
+    assert server.stop() == 0
+    assert "2 recorded, 0 duplicate, 1 refused" in server.stderr()
+
+
 def test_plain_http_is_told_to_use_https(shared):
     with Peer(shared.port, tls=False) as peer:
         peer.send(b"POST / HTTP/1.1\r\nHost: x\r\n\r\n")
