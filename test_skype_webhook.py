@@ -789,6 +789,22 @@ def test_chunk_extensions_count_towards_the_cap(shared):
     assert shared.deliver(event())[0] == 200
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="this system cannot be told to acknowledge at once")
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_sender_with_nagle_waits_for_no_delayed_ack(shared, kept):
+    waits = []
+    for _ in range(5):
+        with Peer(shared.port) as peer:
+            peer.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)
+            for _ in range(1 + kept):
+                begun, body = time.monotonic(), event()
+                peer.send(post(body)[:-len(body)])
+                peer.send(body)
+                assert peer.answer()[0] == 200
+            waits.append(time.monotonic() - begun)
+    assert min(waits) < 0.035
+
+
 def test_a_continue_comes_only_after_a_good_head(shared):
     body = event()
     good = post(body, "Expect: 100-continue")[:-len(body)]
