@@ -55,7 +55,7 @@ import traceback
 import urllib.parse
 import uuid
 from array import array
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
@@ -92,6 +92,7 @@ CLOCK_HINT = 300.0                # seconds; a token this near its time was refu
 READ_SIZE = 16 * 1024             # bytes; one TLS record
 READ_BACK = 2**20                 # bytes of the log read at once at start
 REPORT_PAUSE = 0.02               # seconds; lines of deliveries wait this long for others
+REPORT_LIMIT = 10_000             # lines kept for a stderr that does not take them
 VIEWERS = 16                      # live views at once, besides the connections: people, not senders
 VIEW_BYTES = 256 * 1024           # of the log that a new viewer gets: some four hundred events
 VIEW_PAUSE = 0.1                  # seconds between two looks of a viewer, however many events come
@@ -1125,7 +1126,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def report(self, outcome: str, what: str) -> None:
         """Tell the operator of one outcome."""
-        self.server.reports.put((outcome, stamp(f"{self.peer} {outcome} {what} {(time.monotonic() - self.started) * 1000:.1f} ms")))
+        self.server.report(outcome, stamp(f"{self.peer} {outcome} {what} {(time.monotonic() - self.started) * 1000:.1f} ms"))
 
 
 # --- The server: sockets, TLS, threads, deadlines ---
@@ -1218,9 +1219,9 @@ class Receiver(socketserver.BaseServer):
         self.viewers: set[Viewer] = set()
         self.wrong = WrongPasswords()
         self.adopt(settings, certificate)
-        self.reports: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()  # outcome and line; no outcome: the end
-        self.counts: Counter[str] = Counter()                                   # of outcomes: the reporter's
-        self.reporter = threading.Thread(target=self.report, name="reporter", daemon=True)
+        self.counts = {outcome: itertools.count() for outcome in ("recorded", "duplicate", "refused")}  # next() needs no lock
+        self.reports: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.reporter = threading.Thread(target=self.write_reports, name="reporter", daemon=True)
         self.reporter.start()
         self.next_sweep = 0.0
         self.next_complaint = 0.0
@@ -1249,17 +1250,22 @@ class Receiver(socketserver.BaseServer):
         self.routes.setdefault(settings.path, {})["POST"] = Handler.do_POST
         self.wake_viewers()  # those who came by another password have to leave
 
-    def report(self) -> None:
-        """Count outcomes and write their lines, those of REPORT_PAUSE by one write: a write each hands the interpreter
-        lock over once more, which costs a seventh of the rate."""
+    def report(self, outcome: str, line: str) -> None:
+        """Count an outcome, and hand its line over to the reporter; lines are dropped while stderr takes none."""
+        next(self.counts[outcome])
+        if self.reports.qsize() < REPORT_LIMIT:
+            self.reports.put(line)
+
+    def write_reports(self) -> None:
+        """Write the lines of deliveries, those of REPORT_PAUSE at once: a write each hands the interpreter lock over once
+        more, which costs a seventh of the rate. The life of the reporter, until an empty line."""
         ended = False
         while not ended:
-            reports = [self.reports.get()]
+            lines = [self.reports.get()]
             time.sleep(REPORT_PAUSE)
-            reports += [self.reports.get() for _ in range(self.reports.qsize())]  # nobody else takes any
-            write_lines([line for _, line in reports])
-            self.counts.update(outcome for outcome, _ in reports)
-            ended = not reports[-1][0]
+            lines += [self.reports.get() for _ in range(self.reports.qsize())]  # nobody else takes any
+            write_lines(lines)
+            ended = "" in lines
 
     def wake(self) -> None:
         """Wake the accepting loop from another thread."""
@@ -1427,7 +1433,7 @@ class Receiver(socketserver.BaseServer):
                 self.changed.wait(0.1)
             for link in self.connections:
                 link.cut()
-        self.reports.put(("", ""))
+        self.reports.put("")
         self.reporter.join(STOP_GRACE)
 
 
@@ -2378,7 +2384,7 @@ def run(receiver: Receiver, reload: Callable[[], None]) -> int:
     tell("stopping: answering what has been sent")
     receiver.stop()
     journal.close()
-    counts = ", ".join(f"{receiver.counts[outcome]} {outcome}" for outcome in ("recorded", "duplicate", "refused"))
+    counts = ", ".join(f"{next(count)} {outcome}" for outcome, count in receiver.counts.items())
     tell(f"stopped: {counts}")
     if journal.final:
         tell(f"error: {journal.final}: it cannot be known what is on the disk; start again")
