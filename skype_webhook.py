@@ -1213,7 +1213,7 @@ class Receiver(socketserver.BaseServer):
         self.journal = journal
         self.listeners, self.inherited = listeners, inherited
         self.on_hangup: Callable[[], None] = lambda: None
-        self.stopping = False
+        self.stopping = self.hung_up = False
         self.changed = threading.Condition()
         self.connections: set[Connection] = set()
         self.viewers: set[Viewer] = set()
@@ -1237,7 +1237,7 @@ class Receiver(socketserver.BaseServer):
         for end in (self.alarm, self.bell):
             end.setblocking(False)
         self.selector.register(self.alarm, selectors.EVENT_READ)
-        journal.on_final = self.wake
+        journal.on_final = self.end
         journal.on_commit = self.wake_viewers
 
     def adopt(self, settings: Settings, certificate: Certificate | None) -> None:
@@ -1267,9 +1267,10 @@ class Receiver(socketserver.BaseServer):
             write_lines(lines)
             ended = "" in lines
 
-    def wake(self) -> None:
-        """Wake the accepting loop from another thread."""
-        with contextlib.suppress(OSError):
+    def end(self) -> None:
+        """Stop serving: from any thread, or a signal's handler."""
+        self.stopping = True
+        with contextlib.suppress(OSError):  # a full bell has been rung
             self.bell.send(b"\0")
 
     def wake_viewers(self) -> None:
@@ -1285,18 +1286,20 @@ class Receiver(socketserver.BaseServer):
                 if key.data:
                     self.accept(key.data)
                 else:
-                    self.obey(self.alarm.recv(64))
+                    self.alarm.recv(READ_SIZE)
             self.service_actions()
 
-    def obey(self, signals: bytes) -> None:
-        """Act on signal numbers. A handler can run in another thread; the wake-up descriptor reaches this one."""
-        for number in signals:
-            if number == getattr(signal, "SIGHUP", None):
-                self.on_hangup()
-            else:
-                self.stopping = True
+    def obey(self, number: int, _frame: object = None) -> None:
+        """Note a signal. Its byte in the bell only wakes the loop: a storm fills the bell, and bytes are lost."""
+        if number == getattr(signal, "SIGHUP", None):
+            self.hung_up = True
+        else:
+            self.end()
 
     def service_actions(self) -> None:
+        if self.hung_up:
+            self.hung_up = False
+            self.on_hangup()
         if time.monotonic() >= self.next_sweep:
             self.sweep()
         if self.certificate:
@@ -2369,11 +2372,11 @@ def open_journal(path: str) -> Journal:
 def run(receiver: Receiver, reload: Callable[[], None]) -> int:
     """Serve until a signal says stop; return the exit code."""
     receiver.on_hangup = reload
-    if threading.current_thread() is threading.main_thread():
+    ours = threading.current_thread() is threading.main_thread()
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if ours and hasattr(signal, name)]
+    for number in numbers:
         signal.set_wakeup_fd(receiver.bell.fileno(), warn_on_full_buffer=False)
-        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), lambda *_: None)  # the wake-up descriptor carries the number
+        signal.signal(number, receiver.obey)
     settings, journal = receiver.settings, receiver.journal
     scheme, address = "http" if settings.behind_proxy else "https", receiver.listeners[0].getsockname()
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
@@ -2385,6 +2388,8 @@ def run(receiver: Receiver, reload: Callable[[], None]) -> int:
     receiver.stop()
     journal.close()
     counts = ", ".join(f"{next(count)} {outcome}" for outcome, count in receiver.counts.items())
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)  # while the interpreter ends, one more would set the exit code
     tell(f"stopped: {counts}")
     if journal.final:
         tell(f"error: {journal.final}: it cannot be known what is on the disk; start again")

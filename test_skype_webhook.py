@@ -1048,6 +1048,18 @@ def test_sigterm_answers_what_was_sent_whole(serve):
     assert "5 recorded, 1 duplicate, 1 refused" in server.stderr()
 
 
+def test_a_storm_of_signals_loses_none_and_does_not_change_the_exit_code(serve):
+    server = serve()
+    storm = time.monotonic() + 0.4
+    while time.monotonic() < storm:
+        os.kill(server.process.pid, signal.SIGHUP)
+    os.kill(server.process.pid, signal.SIGTERM)
+    while server.process.poll() is None and time.monotonic() < storm + 10:
+        os.kill(server.process.pid, signal.SIGHUP)
+    assert server.process.returncode == 0, server.process.returncode
+    assert "read again" in server.stderr() and "stopped:" in server.stderr()
+
+
 def test_a_changed_certificate_is_served_and_a_bad_one_is_not(serve, certificate, tmp_path):
     cert, key = tmp_path / "c.pem", tmp_path / "k.pem"
     for source, copy in zip(certificate, (cert, key)):
