@@ -1300,6 +1300,8 @@ class Receiver(socketserver.BaseServer):
         if self.hung_up:
             self.hung_up = False
             self.on_hangup()
+        if not self.waiting.empty():
+            self.add_threads()
         if time.monotonic() >= self.next_sweep:
             self.sweep()
         if self.certificate:
@@ -1332,10 +1334,14 @@ class Receiver(socketserver.BaseServer):
         with self.changed:
             if len(self.connections) < self.settings.max_connections:
                 return True
-            waiting = [link for link in self.connections if not link.is_cut and link.since < math.inf]
-            if waiting:
-                min(waiting, key=lambda link: link.since).cut()
-            return self.changed.wait(0.1) and len(self.connections) < self.settings.max_connections
+            return self.evict() and len(self.connections) < self.settings.max_connections
+
+    def evict(self, but: Connection | None = None) -> bool:
+        """Cut the connection that has waited longest for its request; return whether one has gone. The caller holds `changed`."""
+        waiting = [link for link in self.connections if not (link.is_cut or link is but) and link.since < math.inf]
+        if waiting:
+            min(waiting, key=lambda link: link.since).cut()
+        return self.changed.wait(0.1)
 
     def accept(self, listener: socket.socket) -> bool:
         """Accept one connection; return whether there was one. No handshake here: one mute peer would stop everyone."""
@@ -1347,10 +1353,10 @@ class Receiver(socketserver.BaseServer):
             link = Connection(accepted, address)
         except (BlockingIOError, InterruptedError, ConnectionError):
             return False  # none, or it has left again
-        except OSError as error:  # EMFILE and the like stay until a connection has gone
+        except OSError as error:  # EMFILE and the like stay until a connection has gone: a place less
             self.complain(f"cannot accept: {error.strerror}; raise its limit (LimitNOFILE=, ulimit -n), or lower --max-connections")
             with self.changed:
-                self.changed.wait(0.1)
+                self.evict()
             return False
         with self.changed:
             self.connections.add(link)
@@ -1366,13 +1372,20 @@ class Receiver(socketserver.BaseServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Hand a connection to a thread: there are never more of them than there were connections and viewers at once."""
         self.waiting.put((request, client_address))
-        if self.threads >= len(self.connections) + len(self.viewers):
-            return
+        if not self.add_threads():  # then another has to give up its own
+            with self.changed:
+                self.evict(but=request)
+
+    def add_threads(self) -> bool:
+        """Start threads until there is one for each connection and viewer; return False where that cannot be done now."""
         try:
-            threading.Thread(target=self.work, name="connection", daemon=True).start()
-            self.threads += 1
-        except RuntimeError as error:  # it waits for the threads there are
+            while self.threads < len(self.connections) + len(self.viewers):
+                threading.Thread(target=self.work, name="connection", daemon=True).start()
+                self.threads += 1
+        except RuntimeError as error:
             self.complain(f"cannot start a thread: {error}; raise its limit (TasksMax=, ulimit -u), or lower --max-connections")
+            return False
+        return True
 
     def work(self) -> None:
         """Serve one connection after another: the life of a thread. `stop` waits for connections, not for threads."""

@@ -983,6 +983,47 @@ def test_the_longest_waiting_connection_makes_room(serve):
     peers[1].close()
 
 
+def test_without_descriptors_the_longest_waiting_gives_up_its_own(serve):
+    resource = pytest.importorskip("resource")
+    server, limits = serve(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (used + 4, limits[1]))
+    mute = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(30)]
+    server.wait_for("cannot accept: .*LimitNOFILE")
+    begun = time.monotonic()
+    assert [server.deliver(event())[0] for _ in range(4)] == [200] * 4
+    assert time.monotonic() - begun < 5 and server.stderr().count("cannot accept") == 1
+    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, limits)
+    for peer in mute:
+        peer.close()
+    assert server.deliver(event())[0] == 200 and server.stop() == 0
+
+
+def test_without_threads_the_longest_waiting_gives_up_its_own(serve):
+    resource = pytest.importorskip("resource")
+    server, unlimited = serve(), resource.getrlimit(resource.RLIMIT_AS)
+    status = pathlib.Path(f"/proc/{server.process.pid}/status")
+
+    def limit_threads():  # no room for one more stack
+        size = int(re.search(r"VmSize:\s+(\d+) kB", status.read_text())[1]) * 1024
+        resource.prlimit(server.process.pid, resource.RLIMIT_AS, (size + 4 * 2**20, unlimited[1]))
+
+    limit_threads()
+    mute = [socket.create_connection(("127.0.0.1", server.port), 5)]  # not even this one gets a thread
+    server.wait_for("cannot start a thread: .*TasksMax=")
+    mute[0].sendall(b"GET / HTTP/1.1\r\n\r\n")
+    resource.prlimit(server.process.pid, resource.RLIMIT_AS, unlimited)
+    begun = time.monotonic()
+    assert mute[0].recv(12) == b"HTTP/1.1 400"  # although nobody else came
+    limit_threads()
+    mute += [socket.create_connection(("127.0.0.1", server.port)) for _ in range(30)]
+    assert [server.deliver(event())[0] for _ in range(4)] == [200] * 4
+    assert time.monotonic() - begun < 5 and int(re.search(r"Threads:\s+(\d+)", status.read_text())[1]) < 10
+    for peer in mute:
+        peer.close()
+    assert server.stop() == 0
+
+
 def test_sigkill_under_load_loses_and_doubles_nothing(serve):
     acknowledged = []
 
