@@ -847,16 +847,17 @@ class Connection:
 
     `since` is the monotonic time from which the peer keeps us waiting: for its request, or to take its answer;
     infinite while its event is being stored. Whoever sets it to infinity, or cuts the connection, holds `Receiver.changed`.
+    `proven` tells that it has delivered a verified event.
     """
 
-    __slots__ = ("answering", "is_cut", "peer", "since", "socket")
+    __slots__ = ("answering", "is_cut", "peer", "proven", "since", "socket")
 
     def __init__(self, accepted: socket.socket, address: Any) -> None:
         host = address[0].removeprefix("::ffff:") if "." in address[0] else address[0]  # IPv4 on a dual-stack listener
         self.socket = accepted
         self.peer = f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
         self.since = time.monotonic()
-        self.answering = self.is_cut = False
+        self.answering = self.is_cut = self.proven = False
 
     def stop_reading(self) -> None:
         """Let the peer's thread read what has arrived, and then the end. SSLSocket.shutdown would clear its TLS state."""
@@ -1327,7 +1328,7 @@ class Receiver(socketserver.BaseServer):
         with self.changed:
             if link.is_cut:
                 raise ConnectionAbortedError("its place was taken")
-            link.since = math.inf
+            link.since, link.proven = math.inf, True
 
     def make_room(self) -> bool:
         """Return whether a place is free; if not, take that of the connection that keeps us waiting longest."""
@@ -1337,10 +1338,11 @@ class Receiver(socketserver.BaseServer):
             return self.evict() and len(self.connections) < self.settings.max_connections
 
     def evict(self, but: Connection | None = None) -> bool:
-        """Cut the connection that has waited longest for its request; return whether one has gone. The caller holds `changed`."""
+        """Cut the connection that has waited longest for its request, of those that never delivered if there is one; return
+        whether one has gone. The caller holds `changed`."""
         waiting = [link for link in self.connections if not (link.is_cut or link is but) and link.since < math.inf]
         if waiting:
-            min(waiting, key=lambda link: link.since).cut()
+            min(waiting, key=lambda link: (link.proven, link.since)).cut()
         return self.changed.wait(0.1)
 
     def accept(self, listener: socket.socket) -> bool:

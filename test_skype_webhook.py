@@ -983,6 +983,19 @@ def test_the_longest_waiting_connection_makes_room(serve):
     peers[1].close()
 
 
+def test_a_kept_sender_that_has_delivered_outlives_a_flood(serve):
+    server = serve("--max-connections", "4")
+    with Peer(server.port) as kept:
+        for _ in range(3):
+            kept.send(post(event()))
+            assert kept.answer()[0] == 200
+            flood = [socket.create_connection(("127.0.0.1", server.port), 5) for _ in range(12)]
+            assert [peer.recv(1) for peer in flood[:-3]] == [b""] * 9  # evicted, although they came later
+            for peer in flood:
+                peer.close()
+    assert server.stop() == 0
+
+
 def test_without_descriptors_the_longest_waiting_gives_up_its_own(serve):
     resource = pytest.importorskip("resource")
     server, limits = serve(), resource.getrlimit(resource.RLIMIT_NOFILE)
