@@ -1163,6 +1163,8 @@ def load_context(cert: str, key: str) -> ssl.SSLContext:
         trouble = ("they do not belong together" if error.reason == "KEY_VALUES_MISMATCH" else
                    f"they cannot be used ({error.reason or 'broken PEM'}); is one of them cut short?")
         raise SettingsError(f"--cert {cert}, --key {key}: {trouble}") from None
+    except OSError as error:  # removed since it was read
+        raise SettingsError(f"--cert {cert}, --key {key}: {error.strerror}") from None
     return context
 
 

@@ -1135,6 +1135,19 @@ def test_a_changed_certificate_is_served_and_a_bad_one_is_not(serve, certificate
     assert served() != first and server.deliver(event())[0] == 200
 
 
+def test_a_certificate_that_vanishes_while_it_is_loaded_leaves_the_old_one(serve, certificate, tmp_path):
+    cert, copy = tmp_path / "c.pem", pathlib.Path(certificate[0]).read_bytes()
+    cert.write_bytes(copy)
+    server = serve("--cert", str(cert))
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        server.process.send_signal(signal.SIGHUP)
+        time.sleep(0.0005)  # the file goes while it is being read
+        cert.unlink()
+        cert.write_bytes(copy)
+    assert server.deliver(event())[0] == 200 and "Traceback" not in server.stderr()
+
+
 def test_sighup_reads_the_secrets_again(serve, tmp_path):
     env = tmp_path / "skype.env"
     env.write_text(f"SKYPE_API_SECRET={SECRET.decode()}\n")
