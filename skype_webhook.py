@@ -449,6 +449,12 @@ def tell(message: str) -> None:
     write_lines([stamp(message)])
 
 
+def tell_fault(error: BaseException, who: str) -> None:
+    """Tell of a fault of ours. Its text could hold anything, so only its kind and place are told."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    tell(f"{who} fault {type(error).__name__} in {place.name}, line {place.lineno}: please report it")
+
+
 # --- The journal: disk only ---
 
 
@@ -559,6 +565,14 @@ class Journal:
             self._release()
 
     def _run(self) -> None:
+        try:
+            self._commit_batches()
+        finally:
+            if not self._closing:  # a fault: without this thread nothing can be stored
+                self.final = self.final or f"{self.path}: its thread ended"
+                self.on_final()
+
+    def _commit_batches(self) -> None:
         while True:
             with self._lock:
                 while not self._pending and not self._closing:
@@ -568,7 +582,7 @@ class Journal:
                 return
             try:
                 error = self.final or self._commit(b"".join([entry.line for entry in batch]))
-            except Exception as fault:  # out of memory, or a fault of ours: without this thread nothing can be stored
+            except Exception as fault:  # out of memory, or a fault of ours
                 error = self.final = f"{self.path}: {type(fault).__name__}"
             with self._lock:
                 self._failing = error
@@ -1402,9 +1416,8 @@ class Receiver(socketserver.BaseServer):
                 self.finish_request(link, peer)  # type: ignore[arg-type]  # a Connection stands for its socket
         except OSError:
             pass  # the peer has gone, or was cut off
-        except Exception as error:  # a fault of ours: its text could hold anything, so only its kind and place are told
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            tell(f"{peer} fault {type(error).__name__} in {place.name}, line {place.lineno}: please report it")
+        except Exception as error:
+            tell_fault(error, peer)
         finally:
             self.shutdown_request(link)
 
@@ -2618,6 +2631,7 @@ def _make_parser(command: str) -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 done, 1 failed while running, 2 wrong usage or settings."""
+    threading.excepthook = lambda fault: tell_fault(fault.exc_value or fault.exc_type(), "thread")
     words = list(sys.argv[1:] if argv is None else argv)
     command = words.pop(0) if words and words[0] in COMMANDS else "serve"
     options = _make_parser(command).parse_args(words)
@@ -2628,6 +2642,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 0
+    except Exception as error:
+        tell_fault(error, command)
+        return 1
 
 
 if __name__ == "__main__":

@@ -1624,6 +1624,23 @@ def test_flags_win_over_the_environment_and_that_over_the_env_file(tmp_path, mon
     assert sw.load_serving(serve_options("--behind-proxy")).credentials[0].api_secret == b"in a file"
 
 
+def test_a_fault_is_told_by_its_kind_and_place_only(tmp_path, monkeypatch, capfd):
+    def fault(*_):
+        raise RuntimeError(SECRET.decode())
+
+    monkeypatch.chdir(tmp_path)
+    for name, value in {**BOTH, "SKYPE_VIEW_PASSWORD": "hush"}.items():
+        monkeypatch.setenv(name, value)
+    assert not re.search("hush|s3cret", repr(sw.load_settings(serve_options("--behind-proxy"))))
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(sw, "Journal", fault)
+    assert sw.main(["--behind-proxy", "--port", "0"]) == 1
+    for thread in gather(1, fault):
+        thread.join()
+    told = capfd.readouterr().err
+    assert told.count("\n") == told.count(" fault RuntimeError in fault, line ") == 2 and SECRET.decode() not in told
+
+
 def test_an_env_file_that_others_can_read_and_an_unknown_setting_are_warned_about(serve, tmp_path):
     (tmp_path / "open.env").write_text("SKYPE_PROT=1\n")
     (tmp_path / "open.env").chmod(0o644)
