@@ -2322,20 +2322,21 @@ def read_env_file(path: str | None) -> dict[str, str]:
     """Return the settings in an env file; `None` means `.env`, if there is one. Raise SettingsError."""
     name = path or ".env"
     try:
-        text, mode = pathlib.Path(name).read_text("utf-8"), os.stat(name).st_mode
+        text, status = pathlib.Path(name).read_text("utf-8"), os.stat(name)
     except FileNotFoundError:
         if path is None:
             return {}
         raise SettingsError(f"--env-file {path}: there is no such file") from None
     except (OSError, UnicodeError) as error:
         raise SettingsError(f"env file {name}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
-    if mode & stat.S_IROTH and os.name == "posix":
-        tell(f"warning: {name} can be read by every user of this machine; chmod 600 {name}")
+    # A file of root's that we read by our group (0640) is well kept; of our own, the group has nothing to read.
+    if os.name == "posix" and status.st_mode & (stat.S_IROTH | (stat.S_IRGRP if status.st_uid == os.geteuid() else 0)):
+        tell(f"warning: {name} can be read by other users of this machine; chmod 600 {name}")
     values = {}
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip() and not line.lstrip().startswith("#"):
             match = _ENV_LINE.fullmatch(line)
-            if not match:
+            if not match or "\0" in line:
                 raise SettingsError(f"{name} line {number} is not NAME=value")
             values[match[1]] = match[2] or match[3] or match[4] or ""
             if match[1].startswith("SKYPE_") and match[1] not in NAMES:

@@ -1556,6 +1556,7 @@ WRONG_STARTS = [
     (["--request-timeout", "0"], {}, "--request-timeout"), (["--path", "hook"], {}, "--path"), (["--path", "/healthz"], {}, "--path"),
     (["--host", "192.0.2.1"], {}, "--host"), (["--host", "no.such.host.invalid"], {}, "no.such.host"), (["--log", "/dev/null"], {}, "regular file"),
     (["--log", "no/folder/log"], {}, "No such file"), (["--env-file", "missing.env"], {}, "missing.env"), (["--env-file", "bad.env"], {}, "line 2"),
+    (["--env-file", "nul.env"], {}, "NUL"), (["--\x1b[2J\u202e"], {}, "--\\x1b[2J\\u202e"),
     (["--behind-proxy"], {}, "--behind-proxy"), (["--frobnicate"], {}, "--frobnicate"), (["--por", "1"], {}, "--por"), (["extra"], {}, "extra"),
     ([], {"SKYPE_API_KEY": ""}, "SKYPE_API_KEY"), ([], {"SKYPE_API_SECRET": ""}, "SKYPE_API_SECRET"),
     ([], {"SKYPE_API_KEY": "paste-your-api-key-here"}, "placeholder"), ([], {"SKYPE_API_SECRET": "paste-your-api-secret-here"}, "placeholder"),
@@ -1571,7 +1572,9 @@ def test_a_wrong_start_ends_with_one_line(tmp_path, certificate, flags, environm
         other = sw.make_certificate(str(tmp_path))
         subprocess.run(["openssl", "pkey", "-in", other[1], "-aes128", "-passout", "pass:x", "-out", str(tmp_path / "locked")], check=True)
     (tmp_path / "bad.env").write_text("A=b\nnonsense\n")
-    (tmp_path / "bad.env").chmod(0o600)
+    (tmp_path / "nul.env").write_text("SKYPE_LOG=a\0b\n")
+    for name in ("bad.env", "nul.env"):
+        (tmp_path / name).chmod(0o600)
     (tmp_path / "empty").write_text("\n")
     names = {"CERT": certificate[0], "KEY": certificate[1], "OTHER": tmp_path / "key.pem", "LOCKED": tmp_path / "locked"}
     environment = {**BOTH, **environment}
@@ -1641,9 +1644,10 @@ def test_a_fault_is_told_by_its_kind_and_place_only(tmp_path, monkeypatch, capfd
     assert told.count("\n") == told.count(" fault RuntimeError in fault, line ") == 2 and SECRET.decode() not in told
 
 
-def test_an_env_file_that_others_can_read_and_an_unknown_setting_are_warned_about(serve, tmp_path):
+@pytest.mark.parametrize("mode", [0o604, 0o640])
+def test_an_env_file_that_others_can_read_and_an_unknown_setting_are_warned_about(serve, tmp_path, mode):
     (tmp_path / "open.env").write_text("SKYPE_PROT=1\n")
-    (tmp_path / "open.env").chmod(0o644)
+    (tmp_path / "open.env").chmod(mode)
     server = serve("--env-file", "open.env")
     assert "chmod 600 open.env" in server.stderr() and "SKYPE_PROT" in server.stderr()
 
