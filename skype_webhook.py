@@ -2576,9 +2576,9 @@ def send(options: argparse.Namespace) -> int:
     if options.count > 1:
         print(tally.describe(time.perf_counter() - begun, time.process_time() - busy))
     elif tally.taken:
-        print(f"{tally.last.get('status')} {tally.last.get('id')} in {tally.taken[0]:.1f} ms")
+        print(printable(f"{tally.last.get('status')} {tally.last.get('id')} in {tally.taken[0]:.1f} ms"))
     if tally.refused:
-        print(f"error: {tally.trouble}", file=sys.stderr)
+        print(f"error: {printable(tally.trouble.strip())}", file=sys.stderr)
     return 1 if tally.refused else 0
 
 
@@ -2586,7 +2586,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors take one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)}; see {self.prog} --help\n")
 
 
 COMMANDS = {"serve": (serve, "receive events (the default command)"),

@@ -1472,6 +1472,20 @@ def test_send_delivers_and_says_what_became_of_it(serve, certificate, tmp_path):
     assert code == 1 and "refused" in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize("answer", [b"\x1b[2J\r\n\r\n", b"HTTP/1.1 \x1b[2J\r\n\r\n",
+                                    b'HTTP/1.1 200 OK\r\n\r\n{"id":"\\u001b[2J\\u202e"}', b'HTTP/1.1 400 No\r\n\r\n{"detail":"\\u001b[2J\\u202e"}'])
+def test_what_a_hostile_receiver_answers_is_shown_escaped(tmp_path, answer):
+    def serve_once():
+        with listener.accept()[0] as peer:
+            peer.recv(65536)
+            peer.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        gather(1, serve_once)
+        code, out, err = run("send", f"http://127.0.0.1:{listener.getsockname()[1]}/", cwd=tmp_path, **BOTH)
+    assert code == (0 if b"200" in answer else 1) and "\\x1b[2J" in out + err and not re.search("[\x1b\u202e\r]|Traceback", out + err), (out, err)
+
+
 def test_demo_delivers_to_itself_and_ends_with_0(tmp_path):
     demo = subprocess.Popen([sys.executable, str(HERE / "skype_webhook.py"), "demo"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env={**os.environ, "TMPDIR": str(tmp_path)}, text=True)
