@@ -1241,6 +1241,32 @@ def test_a_proxy_and_the_receiver_see_the_same_requests(serve, tmp_path, proxy):
     assert {status for request, status in handed_on if request == "POST /?next HTTP/1.1"} == {"200"}
 
 
+def test_no_secret_token_or_unchecked_text_is_shown_anywhere(serve):
+    server = serve(SKYPE_VIEW_PASSWORD="hush-password")
+    body, now = event(), int(time.time())
+    good = token(body)
+    bad = [token(body, secret=b"hush"), token(body, now - 60), token(body, iss="hush"), token(body, sub="hush"), good[:-1], good + "=", good + " hush",
+           jws(b'{"alg":"hush"}', payload(body, now)), jws(HEADER, payload(body, now)[:-1] + b',"hush":hush}')]
+    chunked = post(body, "Transfer-Encoding: chunked", length=False)[:-len(body)]
+    requests = [post(body, authorization=f"Bearer {each}") for each in bad] + [
+        post(body), post(body, "X-Hush: hush"), post(body, path="/hush?hush"), post(body).replace(b"POST", b"HUSH"), post(body, "Hush"), post(body, "X: hush\x1b\0"),
+        post(body, "Expect: hush"), post(body, "Transfer-Encoding: hush", length=False), post(body, "Content-Length: hush"), post(body, "Host: hush"),
+        post(body, "X: " + "hush" * 5000), post(body, f"Authorization: Bearer {good}"), post(body, authorization=good), chunked + b"hush\r\n",
+        chunked + b"0\r\nhush\r\n\r\n", post(event(currentStage={"value": "\x1b[2J\u202e\r\n"}, interviewCode="\x9b\u2066")),
+        *(f"GET / HTTP/1.1\r\nHost: x\r\n{basic(password)}\r\n\r\n".encode() for password in ("hush-password", "hush"))]
+    shown = b""
+    for request in requests:
+        with Peer(server.port) as peer:
+            peer.send(request)
+            status, fields, content = peer.answer()
+            shown += repr((status, fields)).encode() + content.replace(sw.PAGE, b"")
+    told = server.errors.read_bytes()
+    assert told.count(b"\n") == len(requests) and re.fullmatch(rb"[ -~\n]*", told)
+    shown += told + server.log.read_bytes() + pathlib.Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
+    needles = [SECRET, b"hush", b"eyJ", *(part.encode() for each in (good, *bad) for part in each.split(".")[2:])]
+    assert [needle for needle in needles if needle in shown.lower() or needle in shown] == []
+
+
 PASSWORD = "p\u00e4ssw\u00f6rt"
 
 
