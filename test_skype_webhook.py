@@ -1260,9 +1260,11 @@ def test_no_secret_token_or_unchecked_text_is_shown_anywhere(serve):
             peer.send(request)
             status, fields, content = peer.answer()
             shown += repr((status, fields)).encode() + content.replace(sw.PAGE, b"")
-    told = server.errors.read_bytes()
-    assert told.count(b"\n") == len(requests) and re.fullmatch(rb"[ -~\n]*", told)
-    shown += told + server.log.read_bytes() + pathlib.Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
+    shown += pathlib.Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
+    assert server.stop() == 0
+    told = server.errors.read_bytes()  # one line a request, but for the page; listening, stopping, stopped
+    assert told.count(b"\n") == len(requests) + 2 and re.fullmatch(rb"[ -~\n]*", told)
+    shown += told + server.log.read_bytes()
     needles = [SECRET, b"hush", b"eyJ", *(part.encode() for each in (good, *bad) for part in each.split(".")[2:])]
     assert [needle for needle in needles if needle in shown.lower() or needle in shown] == []
 
