@@ -13,6 +13,7 @@ import os
 import pathlib
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -903,6 +904,14 @@ def test_a_half_closed_sender_is_answered(shared):
 # --- The server ---
 
 
+def client_hello():
+    """Return the first bytes of a TLS client."""
+    sent = ssl.MemoryBIO()
+    with pytest.raises(ssl.SSLWantReadError):
+        ssl._create_unverified_context().wrap_bio(ssl.MemoryBIO(), sent, server_hostname="localhost").do_handshake()
+    return sent.read()
+
+
 def gather(count, act):
     threads = [threading.Thread(target=act, daemon=True) for _ in range(count)]
     for thread in threads:
@@ -947,6 +956,38 @@ def test_a_dripping_peer_has_its_time_in_all(serve, sent):
     assert server.deliver(event())[0] == 200
 
 
+def test_drip_by_drip_every_stage_has_the_same_time_in_all(serve):
+    server = serve("--request-timeout", "1")
+    chunked = post(BODY, "Transfer-Encoding: chunked", length=False)[:-len(BODY)]
+    stages = {"request line": (b"POST ", b"/"), "fields": (b"POST / HTTP/1.1\r\n", b"X: y\r\n"), "chunk size": (chunked, b"0"), "extension": (chunked + b"1;", b"x"),
+              "data": (chunked + b"fff\r\n", b"x"), "chunks": (chunked, b"1\r\nx\r\n"), "trailer": (chunked + b"0\r\n", b"X: y\r\n"),
+              "continued": (post(BODY, "Expect: 100-continue")[:-9], b" "), "second": (post(event()) + b"POST ", b"/")}
+    found = {}
+
+    def drip(stage):
+        start, more = stages[stage]
+        with Peer(server.port) as peer:
+            peer.send(start)
+            found[stage] = peer.answer()[0] if stage == "second" else 200
+            begun = time.monotonic()
+            while not select.select([peer.socket], [], [], 0.05)[0] and time.monotonic() < begun + 3:
+                peer.send(more)
+            found[stage] = found[stage], peer.answer()[0], 0.8 < time.monotonic() - begun < 1.5
+
+    threads = [threading.Thread(target=drip, args=(stage,)) for stage in stages]
+    for thread in threads:
+        thread.start()
+    with socket.create_connection(("127.0.0.1", server.port), 5) as silent:
+        silent.sendall(client_hello())
+        begun = time.monotonic()
+        while silent.recv(4096):
+            pass
+        assert 0.8 < time.monotonic() - begun < 1.5
+    for thread in threads:
+        thread.join()
+    assert found == {stage: (200, 408, True) for stage in stages}
+
+
 def test_an_idle_connection_is_closed_and_a_busy_one_is_not(serve):
     server = serve("--request-timeout", "0.6")
     with Peer(server.port) as idle, Peer(server.port) as busy:
@@ -981,6 +1022,27 @@ def test_the_longest_waiting_connection_makes_room(serve):
         assert peer.answer()[0] == 200
         peer.close()
     peers[1].close()
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace makes the disk slow")
+def test_the_longest_waiting_goes_first_and_one_whose_event_is_being_stored_never(serve):
+    server = serve("--max-connections", "4")
+    with Peer(server.port) as storing:
+        trace = subprocess.Popen(["strace", "-f", "-o", "/dev/null", "-e", "inject=fdatasync:delay_enter=1500000", "-p", str(server.process.pid)],
+                                 stderr=subprocess.PIPE)
+        assert b"attached" in trace.stderr.readline()
+        storing.send(post(event()))
+        flood = []
+        for number in range(12):
+            flood.append(socket.create_connection(("127.0.0.1", server.port), 1))
+            assert number < 3 or flood[number - 3].recv(1) == b""
+        assert not select.select(flood[-3:], [], [], 0)[0]
+        assert storing.answer()[0] == 200
+        trace.terminate()
+        trace.communicate()
+    for peer in flood:
+        peer.close()
+    assert server.stop() == 0
 
 
 def test_a_kept_sender_that_has_delivered_outlives_a_flood(serve):
