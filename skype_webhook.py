@@ -1455,17 +1455,20 @@ class Receiver(socketserver.BaseServer):
         self.wake_viewers()
         end, grace = time.monotonic() + STOP_SECONDS, time.monotonic() + STOP_GRACE
         for listener in self.listeners:
-            while not self.inherited and self.accept(listener):
+            while not self.inherited and time.monotonic() < grace and self.accept(listener):
                 pass  # systemd keeps its listeners: their backlog is for our successor
             listener.close()
         with self.changed:
             while self.connections and time.monotonic() < end:
-                if time.monotonic() >= grace:
-                    for link in self.connections:
+                for link in self.connections:
+                    if link.answering and self.is_late(link):
+                        link.cut()
+                    elif time.monotonic() >= grace:
                         link.stop_reading()
                 self.changed.wait(0.1)
             for link in self.connections:
                 link.cut()
+            self.changed.wait_for(lambda: not self.connections, 0.5)
         self.reports.put("")
         self.reporter.join(STOP_GRACE)
 

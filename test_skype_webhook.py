@@ -1164,6 +1164,18 @@ def test_sigterm_answers_what_was_sent_whole(serve):
     assert "5 recorded, 1 duplicate, 1 refused" in server.stderr()
 
 
+def test_sigterm_waits_no_longer_for_a_peer_that_takes_no_answer_than_its_time(serve):
+    server = serve("--request-timeout", "1.5")
+    with Peer(server.port) as peer:
+        peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        peer.socket.settimeout(0.5)  # nothing has been read for so long: it is stuck
+        with contextlib.suppress(OSError):
+            for _ in range(100_000):
+                peer.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 300)
+        begun = time.monotonic()
+        assert server.stop() == 0 and time.monotonic() - begun < 3
+
+
 def test_a_storm_of_signals_loses_none_and_does_not_change_the_exit_code(serve):
     server = serve()
     storm = time.monotonic() + 0.4
