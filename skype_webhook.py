@@ -2340,7 +2340,7 @@ def read_env_file(path: str | None) -> dict[str, str]:
         if line.strip() and not line.lstrip().startswith("#"):
             match = _ENV_LINE.fullmatch(line)
             if not match or "\0" in line:
-                raise SettingsError(f"{name} line {number} is not NAME=value")
+                raise SettingsError(f"{name} line {number} is not NAME=value{', it holds a NUL' if match else ''}")
             values[match[1]] = match[2] or match[3] or match[4] or ""
             if match[1].startswith("SKYPE_") and match[1] not in NAMES:
                 tell(f"warning: {name} line {number}: there is no setting {match[1]}")
