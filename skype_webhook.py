@@ -606,18 +606,21 @@ class Journal:
             written = os.write(self._appender, data)
             if written < len(data):
                 raise OSError(errno.ENOSPC, f"only {written} of {len(data)} bytes were written")
+            self._make_durable(_sync, self._appender)
         except OSError as error:
             self._take_back(written)
-            return f"{self.path}: {error.strerror or error}"
+            return self.final or f"{self.path}: {error.strerror or error}"
         except JournalError as error:
             return f"{self.path}: {error}"
-        try:
-            _sync(self._appender)
-        except OSError as error:  # the kernel may have dropped the pages: a second sync would lie
-            self.final = f"{self.path}: sync: {error.strerror or error}"
-            self._take_back(written)
-            return self.final
         return None
+
+    def _make_durable(self, sync: Callable[[int], None], descriptor: int) -> None:
+        """Sync the log or its folder. A failure is final: the kernel may have dropped the pages, a second sync would lie."""
+        try:
+            sync(descriptor)
+        except OSError as error:
+            self.final = f"{self.path}: sync: {error.strerror or error}"
+            raise
 
     def _take_back(self, written: int) -> None:
         """Blank the last `written` bytes; what cannot be done now is done before the next batch."""
@@ -639,7 +642,7 @@ class Journal:
             end = begin
         if size > start and os.write(self._appender, b"\n") != 1:
             raise OSError(errno.ENOSPC, "a torn line could not be ended")
-        _sync(self._appender)
+        self._make_durable(_sync, self._appender)
         self._seal_from = None
 
     def _follow(self) -> None:
@@ -649,14 +652,16 @@ class Journal:
         except FileNotFoundError:
             now = None
         if now is None or (now.st_dev, now.st_ino) != self._identity:
-            with contextlib.suppress(OSError):
+            try:
                 self._seal()  # the last chance to mend this one
+            except OSError:
+                if self.final:
+                    raise
             self._release()
             self._open()
 
     def _open(self) -> None:
-        created = not os.path.lexists(self.path)
-        if not created and not stat.S_ISREG(os.stat(self.path).st_mode):  # before open: a FIFO would block
+        if os.path.lexists(self.path) and not stat.S_ISREG(os.stat(self.path).st_mode):  # before open: a FIFO would block
             raise JournalError("it is not a regular file")
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
         self._appender = os.open(self.path, flags, 0o600)
@@ -671,10 +676,10 @@ class Journal:
         # A second descriptor to seal by: Linux appends even a pwrite to an O_APPEND file.
         self._file = os.fdopen(os.open(self.path, os.O_RDWR | getattr(os, "O_BINARY", 0)), "r+b", 0)
         self._identity = (status.st_dev, status.st_ino)
-        if created and hasattr(os, "O_DIRECTORY"):
+        if hasattr(os, "O_DIRECTORY"):  # also of a file that was there: whoever made it may not have synced its name
             folder = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY | os.O_DIRECTORY)
             try:
-                os.fsync(folder)
+                self._make_durable(os.fsync, folder)
             finally:
                 os.close(folder)
         self._read_back()
@@ -687,7 +692,7 @@ class Journal:
         recent += itertools.islice((line for line in lines if line.startswith(_LINE_START)), RECENT_IDS)
         for line in reversed(recent):  # the oldest first: it will be forgotten first
             self._remember(line[_ID].decode("ascii", "replace"))
-        _sync(self._appender)  # what a crash left unsynced must be durable before it is called a duplicate
+        self._make_durable(_sync, self._appender)  # what a crash left unsynced must be durable before it is called a duplicate
 
     def _lines_backwards(self) -> Iterator[bytes]:
         """Yield what stands after the last newline, then the whole lines before it, the last first, RECENT_BYTES in all."""
