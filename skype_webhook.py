@@ -729,7 +729,7 @@ class Journal:
         self._order.append(event_id)
 
     def _release(self) -> None:
-        self._identity = None
+        self._identity = self._seal_from = None
         if self._file:
             self._file.close()
             self._file = None
