@@ -713,11 +713,16 @@ class Journal:
         """Seal bytes that stand after the last newline; return whether they are an event, which only lacked its newline."""
         self.sealed = len(tail)
         self._seal_from = self._file.seek(0, os.SEEK_END) - len(tail) if tail else None
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OSError):
             if tail.startswith(_LINE_START) and _decode_object(tail, _BODY) and os.write(self._appender, b"\n"):
                 self._seal_from = None
                 return True
-        self._seal()
+        try:
+            self._seal()
+        except OSError as error:  # a full disk, say: tried again before the next event, no restart is needed
+            if self.final:
+                raise
+            self._failing = f"{self.path}: {error.strerror or error}"
         return False
 
     def _remember(self, event_id: str) -> None:
@@ -2403,8 +2408,12 @@ def open_journal(path: str) -> Journal:
         journal = Journal(path)
     except JournalError as error:
         raise SettingsError(f"--log {path}: {error}") from None
-    if journal.sealed:
-        tell(f"sealed {path}: its last {journal.sealed} bytes were not a whole line (a crash?)")
+    try:
+        journal.check()
+        if journal.sealed:
+            tell(f"sealed {path}: its last {journal.sealed} bytes were not a whole line (a crash?)")
+    except JournalError as error:
+        tell(f"error: {error}; deliveries are answered 503 until it can be written")
     return journal
 
 
