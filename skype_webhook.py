@@ -507,6 +507,7 @@ class Journal:
         self._file = self._identity = None  # type: Any
         self._appender = -1
         self._seal_from: int | None = None                # where a torn tail begins that has to be sealed yet
+        self._end = 0                                     # where our last write ended: a file of another size was changed by others
         try:
             self._open()
         except OSError as error:
@@ -606,6 +607,7 @@ class Journal:
             written = os.write(self._appender, data)
             if written < len(data):
                 raise OSError(errno.ENOSPC, f"only {written} of {len(data)} bytes were written")
+            self._end = os.lseek(self._appender, 0, os.SEEK_CUR)
             self._make_durable(_sync, self._appender)
         except OSError as error:
             self._take_back(written)
@@ -626,7 +628,7 @@ class Journal:
         """Blank the last `written` bytes; what cannot be done now is done before the next batch."""
         if written:
             with contextlib.suppress(OSError):
-                self._seal_from = self._file.seek(0, os.SEEK_END) - written
+                self._seal_from = os.lseek(self._appender, 0, os.SEEK_CUR) - written  # even if others have cut the file since
                 self._seal()
 
     def _seal(self) -> None:
@@ -646,7 +648,10 @@ class Journal:
         self._seal_from = None
 
     def _follow(self) -> None:
-        """Open the path anew if it is no longer our file: renamed (logrotate), removed, or failed before."""
+        """Open the path anew if it is no longer our file: renamed (logrotate), removed, or failed before.
+
+        If it is, but of another size, somebody has cut it (copytruncate) or written to it: their torn line is not ours to lengthen.
+        """
         try:
             now: os.stat_result | None = os.stat(self.path)
         except FileNotFoundError:
@@ -659,6 +664,8 @@ class Journal:
                     raise
             self._release()
             self._open()
+        elif now.st_size != self._end and self._seal_from is None:
+            self._end_tail(next(self._lines_backwards()))
 
     def _open(self) -> None:
         if os.path.lexists(self.path) and not stat.S_ISREG(os.stat(self.path).st_mode):  # before open: a FIFO would block
