@@ -82,6 +82,8 @@ RECENT_IDS = 65_536               # ids remembered; far more than arrive within 
 RECENT_BYTES = 64 * 2**20         # bytes read back at start, whatever the size of the log
 BACKLOG_BYTES = 64 * 2**20        # bytes that may wait for a stalled disk
 STORE_SECONDS = 20.0              # the sender waits 30 s for its answer
+ANSWER_SECONDS = 28.0             # from the first byte of a slow request: it has used up some of them already
+CHECK_SECONDS = 2.0               # a load balancer gives its check less time than a sender its event
 DRAIN_SECONDS = 3.0               # how long a refused peer may go on sending before it is cut off
 DRAIN_BYTES = 8 * 2**20           # and how much
 STOP_SECONDS = 12.0               # for answers after SIGTERM; the exit is due within 15 s
@@ -525,8 +527,8 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def append(self, event_id: str, line: bytes) -> bool:
-        """Return True once `line` is durable, False if `event_id` already was; raise JournalError, at the latest after 20 s."""
+    def append(self, event_id: str, line: bytes, seconds: float = STORE_SECONDS) -> bool:
+        """Return True once `line` is durable, False if `event_id` already was; raise JournalError, at the latest after `seconds`."""
         with self._lock:
             if event_id in self._recent:
                 return False
@@ -541,8 +543,8 @@ class Journal:
                 self._pending.append(entry)
                 self._pending_bytes += len(line)
                 self._wake.notify()
-        if not entry.settled.acquire(timeout=STORE_SECONDS):
-            self._failing = f"the disk did not take it within {STORE_SECONDS:g} s"
+        if not entry.settled.acquire(timeout=seconds):
+            self._failing = f"the disk did not take it within {seconds:.3g} s"
             raise JournalError(self._failing)
         entry.settled.release()  # for one more append of the same id
         if entry.error:
@@ -554,11 +556,13 @@ class Journal:
         if self.final:
             raise JournalError(self.final)
         if self._failing:
-            self.append("", b"\n")
+            self.append("", b"\n", CHECK_SECONDS)
 
     def close(self) -> None:
         """Write and sync what is pending, then let the file go."""
         with self._lock:
+            if self._closing:
+                return  # a second wait for a disk that has stalled would be too long
             self._closing = True
             self._wake.notify()
         self._thread.join(CLOSE_SECONDS)
@@ -1130,8 +1134,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def store(self, event_id: str, line: bytes) -> bool:
         """Return True once the line is durable, False for a duplicate."""
         self.server.protect(self.request)
+        left = max(1.0, min(STORE_SECONDS, ANSWER_SECONDS - (time.monotonic() - self.started)))
         try:
-            return self.server.journal.append(event_id, line)
+            return self.server.journal.append(event_id, line, left)
         except JournalError as error:
             raise Rejected(503, "the event could not be stored; send it again", ("Retry-After", "10")) from error
 
