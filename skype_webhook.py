@@ -504,6 +504,7 @@ class Journal:
         self._recent: set[str] = set()
         self._order: deque[str] = deque()
         self._failing: str | None = None
+        self._refused = 1                                 # bytes of the shortest line of the last batch that failed
         self.final: str | None = None                     # why the process has to end: a sync failed
         self._closing = False
         self._file = self._identity = None  # type: Any
@@ -552,11 +553,14 @@ class Journal:
         return first
 
     def check(self) -> None:
-        """Raise JournalError while the log cannot be written; after a failure, try again with a blank line."""
+        """Raise JournalError while the log cannot be written; after a failure, try again with a blank line.
+
+        It is as long as what was refused: on a full disk, a shorter one can find room in the file's last block.
+        """
         if self.final:
             raise JournalError(self.final)
         if self._failing:
-            self.append("", b"\n", CHECK_SECONDS)
+            self.append("", b"\n".rjust(self._refused), CHECK_SECONDS)
 
     def close(self) -> None:
         """Write and sync what is pending, then let the file go."""
@@ -591,6 +595,8 @@ class Journal:
                 error = self.final = f"{self.path}: {type(fault).__name__}"
             with self._lock:
                 self._failing = error
+                if error:
+                    self._refused = min(len(entry.line) for entry in batch)
                 for entry in batch:
                     del self._unsettled[entry.event_id]
                     if error is None and entry.event_id:
