@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import hashlib
 import hmac
 import json
@@ -191,6 +192,22 @@ def shared(tmp_path_factory, certificate):
     server.process.wait()
 
 
+@contextlib.contextmanager
+def faulty(server, *rules):
+    """Let system calls on the log or its folder fail, by strace's rules (`fdatasync:error=EIO:when=1`)."""
+    if not shutil.which("strace"):
+        pytest.skip("needs strace")
+    words = ["strace", "-f", "-o", os.devnull, "-P", str(server.log), "-P", str(server.log.parent), "-p", str(server.process.pid)]
+    words += [f"--inject={rule}" for rule in rules]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as tracer:
+        if "attached" not in (said := tracer.stderr.readline()):
+            pytest.skip(f"needs leave to trace a process: {said}")
+        try:
+            yield
+        finally:
+            tracer.terminate()
+
+
 def run(*words, cwd, timeout=20, **environment):
     """Run one command to its end; return (exit code, stdout, stderr)."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SKYPE_", "LISTEN_", "NOTIFY_"))}
@@ -199,6 +216,7 @@ def run(*words, cwd, timeout=20, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 BOTH = {"SKYPE_API_KEY": KEY, "SKYPE_API_SECRET": "s3cret"}
 
 
@@ -509,6 +527,20 @@ def test_rotation_by_rename_and_by_copytruncate_is_followed(log):
         assert log.read_bytes() == line(3)[1]
 
 
+WHOLE = line(0)[1] + line(1)[1]
+
+
+@pytest.mark.parametrize(("changed", "kept"), [
+    (WHOLE + b"foreign", WHOLE + b" " * 7 + b"\n"), (WHOLE + b"foreign\n", WHOLE + b"foreign\n"), (WHOLE[:-1], WHOLE),
+    (line(0)[1] + b'{"spec', line(0)[1] + b" " * 6 + b"\n"), (b"", b"")], ids=["part of a line", "a line", "no newline", "cut", "emptied"])
+def test_a_log_that_others_change_gets_whole_lines_all_the_same(log, changed, kept):
+    with sw.Journal(log) as journal:
+        assert journal.append(*line(0)) and journal.append(*line(1))
+        log.write_bytes(changed)
+        assert journal.append(*line(2)) and journal.append(*line(3))
+    assert log.read_bytes() == kept + line(2)[1] + line(3)[1]
+
+
 def test_a_failed_write_is_blanked_and_the_next_one_goes_through(log, monkeypatch):
     real = os.write
     with sw.Journal(log) as journal:
@@ -536,16 +568,46 @@ def test_a_failed_sync_is_final(log, monkeypatch):
     assert not log.read_bytes().strip()
 
 
-def test_an_append_waits_no_longer_than_its_time(log, monkeypatch):
+def test_the_check_tries_a_line_as_long_as_the_refused_one(log, monkeypatch):
+    real = os.write
+
+    def full(descriptor, data):  # as ext4 is: there is still room in the file's last block, but not for a further block
+        if len(data) > 100:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, data)
+
+    with sw.Journal(log) as journal:
+        monkeypatch.setattr(sw.os, "write", full)
+        for call in (lambda: journal.append(*line(1)), journal.check, journal.check):
+            with pytest.raises(sw.JournalError, match="No space"):
+                call()
+        monkeypatch.undo()
+        journal.check()
+        assert journal.append(*line(1))
+    assert [text for text in log.read_bytes().splitlines(True) if text.strip()] == [line(1)[1]]
+
+
+def test_append_check_and_close_wait_no_longer_than_their_time(log, monkeypatch):
     go_on = threading.Event()
-    monkeypatch.setattr(sw, "STORE_SECONDS", 0.2)
+    monkeypatch.setattr(sw, "CHECK_SECONDS", 0.2)
+    monkeypatch.setattr(sw, "CLOSE_SECONDS", 0.2)
     with sw.Journal(log) as journal:
         monkeypatch.setattr(sw, "_sync", lambda fd: go_on.wait(10))
-        with pytest.raises(sw.JournalError, match="within"):
-            journal.append(*line(1))
+        begun = time.monotonic()
+        for call in (lambda: journal.append(*line(1), 0.2), journal.check):
+            with pytest.raises(sw.JournalError, match="within"):
+                call()
+        assert time.monotonic() - begun < 1
         go_on.set()
-        monkeypatch.setattr(sw, "STORE_SECONDS", 10)
         assert not journal.append(*line(1))
+        go_on.clear()
+        with pytest.raises(sw.JournalError, match="within"):
+            journal.append(*line(2), 0.1)
+        begun = time.monotonic()
+        journal.close()
+        journal.close()
+        assert time.monotonic() - begun < 0.35
+        go_on.set()
 
 
 # --- HTTP: one connection ---
@@ -824,7 +886,7 @@ def test_a_continue_comes_only_after_a_good_head(shared):
 def test_pipelined_requests_are_answered_in_order(shared):
     bodies = [event() for _ in range(20)]
     with Peer(shared.port) as peer:
-        peer.send(b"".join(post(body) for body in bodies) + b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" + b"HEAD /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        peer.send(b"".join(post(body) for body in bodies) + HEALTH + b"HEAD /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
         assert [json.loads(peer.answer()[2])["id"] for _ in bodies] == [hashlib.sha256(body).hexdigest() for body in bodies]
         assert peer.answer()[::2] == (200, b'{"status":"ok"}')
         status, fields, _ = peer.answer(with_content=False)
@@ -1006,7 +1068,7 @@ def test_a_peer_that_takes_no_answers_is_cut_off(serve):
         peer.socket.settimeout(20)
         with contextlib.suppress(OSError):
             for _ in range(100_000):
-                peer.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
+                peer.send(HEALTH * 100)
     assert server.deliver(event())[0] == 200
 
 
@@ -1099,20 +1161,23 @@ def test_without_threads_the_longest_waiting_gives_up_its_own(serve):
     assert server.stop() == 0
 
 
-def test_sigkill_under_load_loses_and_doubles_nothing(serve):
+def test_sigkill_under_load_loses_and_doubles_nothing_and_tail_shows_it_once(serve, tmp_path):
     acknowledged = []
 
     def send():
         with contextlib.suppress(OSError, ValueError, AssertionError):
             while True:
                 with Peer(server.port, timeout=5) as peer:
-                    for _ in range(20):
-                        body = event()
+                    for number in range(20):
+                        body = event(metadata="x" * 200_000 * (number == 19))  # a write that takes long enough to be torn
                         peer.send(post(body))
                         if peer.answer()[0] != 200:
                             return
                         acknowledged.append(hashlib.sha256(body).hexdigest())
 
+    (tmp_path / "events.jsonl").touch(0o600)
+    with open(tmp_path / "seen", "wb") as seen, open(tmp_path / "said", "wb") as said:
+        tail = subprocess.Popen(["tail", "-n", "+1", "-F", str(tmp_path / "events.jsonl")], stdout=seen, stderr=said)
     for _ in range(4):
         server, so_far = serve(), len(acknowledged)
         senders = gather(8, send)
@@ -1122,9 +1187,39 @@ def test_sigkill_under_load_loses_and_doubles_nothing(serve):
         server.process.wait()
         for sender in senders:
             sender.join()
-    serve().stop()
-    ids = server.ids()
+    server = serve()
+    assert server.deliver(last := event())[0] == 200 and server.stop() == 0
+    ids, end = server.ids(), time.monotonic() + 10
+    while hashlib.sha256(last).hexdigest().encode() not in (tmp_path / "seen").read_bytes()[-1000:] and time.monotonic() < end:
+        time.sleep(0.01)
+    tail.terminate()
+    tail.wait()
     assert len(ids) == len(set(ids)) and set(acknowledged) <= set(ids)
+    shown = re.findall(rb'^{"specversion":"1.0","id":"(\w+)".*}$', (tmp_path / "seen").read_bytes(), re.M)  # a torn line ends in spaces
+    assert sorted(shown) == sorted(map(str.encode, ids)) and not (tmp_path / "said").read_bytes()
+
+
+# Each row: the system call at which the process is killed, and what becomes of the event when it is sent again. The event is written
+# short (a limit), then blanked from the end of its last page, ended and synced: the calls 2 to 5.
+@pytest.mark.parametrize(("call", "short", "outcome"), [
+    ("write:signal=SIGKILL:when=1", False, "recorded"), ("fdatasync:signal=SIGKILL:when=1", False, "duplicate"),
+    *((f"write:signal=SIGKILL:when={number}", True, "recorded") for number in range(2, 6))], ids=str)
+def test_a_kill_at_any_step_leaves_whole_lines(serve, call, short, outcome):
+    resource = pytest.importorskip("resource")
+    server, body = serve(), event(metadata="x" * 20_000)
+    assert server.deliver(event())[0] == 200
+    before = server.log.read_bytes()
+    limit = len(before) + 9000 if short else resource.RLIM_INFINITY
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    with faulty(server, call):
+        assert server.deliver(body)[0] == 0 and server.process.wait(5) == -signal.SIGKILL
+    torn = server.log.read_bytes()[len(before):]
+    assert len(torn) == 9000 or not short
+    assert torn.endswith(b"\n") == (outcome == "duplicate")
+    server = serve()
+    assert ("sealed" in server.stderr()) == short
+    assert json.loads(server.deliver(body)[2])["status"] == outcome
+    assert len(server.ids()) == 2 and server.log.read_bytes().startswith(before)
 
 
 def test_a_full_disk_is_503_until_there_is_space(serve):
@@ -1137,14 +1232,81 @@ def test_a_full_disk_is_503_until_there_is_space(serve):
     refused = event(metadata="x" * 3000)
     assert server.deliver(refused)[0] == 503
     with Peer(server.port) as peer:
-        peer.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        peer.send(HEALTH)
         assert peer.answer()[0] == 503
         resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        peer.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        peer.send(HEALTH)
         assert peer.answer()[0] == 200
     assert json.loads(server.deliver(refused)[2])["status"] == "recorded"
     assert len(server.ids()) == sum(status == 200 for status, _, _ in statuses) + 1
     assert server.stop() == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() or not shutil.which("mount"), reason="mounts a small file system")
+def test_a_disk_that_something_else_fills_is_503_until_it_is_freed_even_over_a_restart(serve, tmp_path):
+    disk, bodies = tmp_path / "disk", [event(pad="x" * 3000) for _ in range(8)]
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=True)
+    try:
+        server = serve("--log", str(disk / "log"))
+        assert server.deliver(bodies[0])[0] == 200
+        with contextlib.suppress(OSError), open(disk / "filler", "wb", 0) as filler:
+            while True:
+                filler.write(b"x" * 4096)
+        assert [server.deliver(body)[0] for body in bodies[1:4]] == [503] * 3
+        server.process.kill()  # what a short write left has no newline: there was no room for it
+        server.process.wait()
+        assert not (disk / "log").read_bytes().endswith(b"\n")
+        server = serve("--log", str(disk / "log"))
+        assert "No space left" in server.stderr()
+        with Peer(server.port) as peer:
+            for body in (HEALTH, post(bodies[4])):
+                peer.send(body)
+                assert peer.answer()[0] == 503
+            (disk / "filler").unlink()
+            peer.send(HEALTH)
+            assert peer.answer()[0] == 200
+        assert [json.loads(server.deliver(body)[2])["status"] for body in bodies] == ["duplicate"] + ["recorded"] * 7
+        assert server.stop() == 0
+        server.log = disk / "log"
+        assert len(server.ids()) == len(bodies)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("call", ["write:error=ENOSPC", "write:error=EDQUOT", "write:error=EIO", "write:error=EROFS"])
+def test_a_write_that_fails_is_503_and_needs_no_restart(serve, call):
+    server, refused = serve(), event()
+    assert server.deliver(event())[0] == 200
+    with Peer(server.port) as peer:
+        with faulty(server, call):
+            assert [server.deliver(refused)[0] for _ in range(2)] == [503] * 2
+            peer.send(HEALTH)
+            assert peer.answer()[0] == 503
+        peer.send(HEALTH)
+        assert peer.answer()[0] == 200
+    assert [json.loads(server.deliver(refused)[2])["status"] for _ in range(2)] == ["recorded", "duplicate"]
+    assert len(server.ids()) == 2 and server.stop() == 0
+
+
+# Each row: the rule that makes a sync fail, and whether the log is rotated before (to a file that logrotate has made).
+@pytest.mark.parametrize(("call", "rotated"), [("fdatasync:error=EIO", False), ("fdatasync:error=EIO:when=1", False),
+                                               ("fdatasync:error=ENOSPC:when=1", True), ("fsync:error=EIO:when=1", True)], ids=str)
+def test_a_sync_that_fails_ends_the_process_and_stores_nothing(serve, call, rotated):
+    server, refused = serve(), event()
+    with Peer(server.port) as idle, Peer(server.port) as sender:
+        for peer in (idle, sender):
+            peer.send(post(event()))
+            assert peer.answer()[0] == 200
+        if rotated:
+            server.log.rename(server.log.with_suffix(".1"))
+            server.log.touch(0o600)
+        with faulty(server, call):
+            sender.send(post(refused) * 2)
+            assert [sender.answer()[0] for _ in range(2)] == [503] * 2
+            assert server.process.wait(5) == 1
+    assert "start again" in server.stderr() and len(server.ids()) == (0 if rotated else 2)
+    assert json.loads(serve().deliver(refused)[2])["status"] == "recorded"
 
 
 def test_sigterm_answers_what_was_sent_whole(serve):
