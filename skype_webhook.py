@@ -463,13 +463,20 @@ def tell_fault(error: BaseException, who: str) -> None:
 class _Entry:
     """One line on its way to the disk. `settled` is locked until the line's fate is known."""
 
-    __slots__ = ("error", "event_id", "line", "settled")
+    __slots__ = ("error", "event_id", "is_settled", "line", "settled")
 
     def __init__(self, event_id: str, line: bytes) -> None:
         self.event_id, self.line = event_id, line
         self.error: str | None = None
+        self.is_settled = False
         self.settled = threading.Lock()
         self.settled.acquire()
+
+    def settle(self, error: str | None) -> None:
+        """Wake those who wait for this line; the first word on it counts. The caller holds the journal's lock."""
+        if not self.is_settled:
+            self.is_settled, self.error = True, error
+            self.settled.release()
 
 
 _sync: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
@@ -562,6 +569,12 @@ class Journal:
         if self._failing:
             self.append("", b"\n".rjust(self._refused), CHECK_SECONDS)
 
+    def give_up(self, reason: str) -> None:
+        """Let no append wait any longer; what lands on the disk afterwards is a duplicate when it is sent again."""
+        with self._lock:
+            for entry in self._unsettled.values():
+                entry.settle(reason)
+
     def close(self) -> None:
         """Write and sync what is pending, then let the file go."""
         with self._lock:
@@ -601,9 +614,7 @@ class Journal:
                     del self._unsettled[entry.event_id]
                     if error is None and entry.event_id:
                         self._remember(entry.event_id)
-            for entry in batch:
-                entry.error = error
-                entry.settled.release()
+                    entry.settle(error)
             self.on_commit()
             if self.final:
                 self.on_final()
@@ -1494,6 +1505,9 @@ class Receiver(socketserver.BaseServer):
                     elif time.monotonic() >= grace:
                         link.stop_reading()
                 self.changed.wait(0.1)
+        self.journal.give_up("the disk did not take it before the receiver had to stop")
+        with self.changed:
+            self.changed.wait_for(lambda: not self.connections, 0.5)
             for link in self.connections:
                 link.cut()
             self.changed.wait_for(lambda: not self.connections, 0.5)

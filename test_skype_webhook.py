@@ -610,6 +610,25 @@ def test_append_check_and_close_wait_no_longer_than_their_time(log, monkeypatch)
         go_on.set()
 
 
+def test_an_append_that_is_given_up_can_still_land(log, monkeypatch):
+    go_on, syncing, waiting = threading.Event(), threading.Event(), []
+
+    def append():
+        with pytest.raises(sw.JournalError, match="had to stop"):
+            waiting.append(journal.append(*line(1)))
+
+    with sw.Journal(log) as journal:
+        monkeypatch.setattr(sw, "_sync", lambda fd: syncing.set() or go_on.wait(10))
+        (thread,) = gather(1, append)
+        assert syncing.wait(5)
+        journal.give_up("it had to stop")
+        thread.join(5)
+        assert not thread.is_alive() and not waiting
+        go_on.set()
+        assert journal.append(*line(2)) and not journal.append(*line(1))
+    assert log.read_bytes() == line(1)[1] + line(2)[1]
+
+
 # --- HTTP: one connection ---
 
 
@@ -1023,7 +1042,7 @@ def test_drip_by_drip_every_stage_has_the_same_time_in_all(serve):
     chunked = post(BODY, "Transfer-Encoding: chunked", length=False)[:-len(BODY)]
     stages = {"request line": (b"POST ", b"/"), "fields": (b"POST / HTTP/1.1\r\n", b"X: y\r\n"), "chunk size": (chunked, b"0"), "extension": (chunked + b"1;", b"x"),
               "data": (chunked + b"fff\r\n", b"x"), "chunks": (chunked, b"1\r\nx\r\n"), "trailer": (chunked + b"0\r\n", b"X: y\r\n"),
-              "continued": (post(BODY, "Expect: 100-continue")[:-9], b" "), "second": (post(event()) + b"POST ", b"/")}
+              "continued": (post(event(), "Expect: 100-continue")[:-99], b" "), "second": (post(event()) + b"POST ", b"/")}
     found = {}
 
     def drip(stage):
