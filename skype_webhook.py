@@ -154,9 +154,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-# Numbers of a body are never used, so float() takes them: int() raises on 4,300 digits and more.
+# float() takes every number of JSON; int() raises on 4,300 digits and more, and a double holds all that a NumericDate needs.
 _BODY = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=float)
-_TOKEN = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique)
+_TOKEN = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=float, object_pairs_hook=_unique)
 _encode_text = json.encoder.encode_basestring
 
 
@@ -221,15 +221,11 @@ def _numeric_date(claims: dict[str, Any], name: str) -> float:
     value = claims.get(name)
     if isinstance(value, str) and _NUMBER.fullmatch(value):
         value = float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not isinstance(value, float):  # as every number of a token is, and no bool
         raise _invalid_token(f"time: the token's {name} is missing or not a number")
-    try:
-        seconds = float(value)
-    except OverflowError:
-        seconds = math.inf
-    if not math.isfinite(seconds):
+    if not math.isfinite(value):
         raise _invalid_token(f"time: the token's {name} is not a finite number")
-    return seconds / 1000 if seconds >= 1e11 else seconds
+    return value / 1000 if value >= 1e11 else value
 
 
 def _check_time(claims: dict[str, Any], now: float, leeway: float) -> None:

@@ -297,7 +297,7 @@ ATTACKS = {
     "no exp": (lambda t, b, n: "Bearer " + jws(HEADER, payload(b, n, exp=None)), "exp"),
     "iat a bool": (lambda t, b, n: "Bearer " + jws(HEADER, payload(b, n, iat=True)), "iat"),
     "exp huge": (lambda t, b, n: "Bearer " + jws(HEADER, payload(b, n).replace(b'"exp": ', b'"exp": 1' + b"0" * 400)), "exp"),
-    "exp of 5000 digits": (lambda t, b, n: "Bearer " + jws(HEADER, payload(b, n).replace(b'"exp": ', b'"exp": 1' + b"0" * 5000)), "payload"),
+    "exp of 5000 digits": (lambda t, b, n: "Bearer " + jws(HEADER, payload(b, n).replace(b'"exp": ', b'"exp": 1' + b"0" * 5000)), "exp"),
     "exp Arabic digits": (lambda t, b, n: "Bearer " + jws(HEADER, payload(b, n, exp="\u0669" * 10)), "exp"),
     "exp 1_0": (lambda t, b, n: "Bearer " + jws(HEADER, payload(b, n, exp="9_999_999_999")), "exp"),
     "expired": (lambda t, b, n: "Bearer " + jws(HEADER, payload(b, n - 60)), "expired 50"),
@@ -342,6 +342,12 @@ def test_one_change_is_refused_over_tls(shared):
 ], ids=str)
 def test_documented_and_vendor_forms_of_claims_pass(claims):
     check("bEaReR  " + jws(HEADER, payload(**claims)))
+
+
+def test_a_long_number_that_no_check_reads_refuses_no_token():
+    long = b',"x":' + b"9" * 4400 + b"}"  # more digits than int() takes
+    check("Bearer " + jws(HEADER[:-1] + long, payload()))
+    check("Bearer " + jws(HEADER, payload()[:-1] + long))
 
 
 def test_leeway_is_exclusive_at_both_ends():
