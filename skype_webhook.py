@@ -160,12 +160,25 @@ _TOKEN = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=float, obje
 _encode_text = json.encoder.encode_basestring
 
 
-def _decode_object(data: bytes, decoder: json.JSONDecoder) -> dict[str, Any]:
-    """Return the JSON object in `data` (UTF-8, RFC 8259); raise ValueError for all that is not one."""
-    try:
-        value = decoder.decode(data.decode("utf-8"))  # json.loads(bytes) would take UTF-16 and UTF-32
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
+_BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|([\[{])|[\]}]', re.DOTALL)
+
+
+def _is_deep(data: bytes, limit: int) -> bool:
+    """Tell whether a JSON text, or how far it is one, has containers nested deeper than `limit`."""
+    level = 0
+    for match in _BRACKETS.finditer(data):
+        level += 1 if match[1] else -1 if match[0] in b"]}" else 0
+        if level > limit:
+            return True
+    return False
+
+
+def _decode_object(data: bytes, decoder: json.JSONDecoder, limit: int = DEPTH_LIMIT) -> dict[str, Any]:
+    """Return the JSON object in `data` (UTF-8, RFC 8259, at most `limit` deep); raise ValueError for all that is not one."""
+    # Depth first: the decoder recurses, on 3.13 without regard to the recursion limit, and a small thread stack overflows.
+    if data.count(b"{") + data.count(b"[") > limit and _is_deep(data, limit):
+        raise ValueError(f"it is nested deeper than {limit} containers")
+    value = decoder.decode(data.decode("utf-8"))  # json.loads(bytes) would take UTF-16 and UTF-32
     if not isinstance(value, dict):
         raise ValueError("it is not an object")
     return value
@@ -316,7 +329,6 @@ class Event(NamedTuple):
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _NOT_STRING = re.compile(  # what CloudEvents 1.0 excludes from its String: controls, surrogates, noncharacters
     "[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef" + "".join(chr(p * 0x10000 + n) for p in range(17) for n in (0xFFFE, 0xFFFF)) + "]")
-_BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|([\[{])|[\]}]', re.DOTALL)
 _ESCAPES = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F])|\\.", re.DOTALL)
 _RFC3339 = re.compile(r"(\d{4}-\d\d-\d\d)[Tt](\d\d:\d\d):(\d\d)(?:\.(\d+))?(?:[Zz]|([+-])(\d\d):(\d\d))", re.ASCII)
 _EPOCH = datetime(1970, 1, 1)
@@ -338,18 +350,6 @@ def parse_time(text: str) -> int:
     offset = (int(hours or 0) * 60 + int(minutes or 0)) * (-1 if sign_ == "-" else 1)
     seconds = (_minute(f"{day}T{minute}") - offset) * 60 + int(second)
     return seconds * 10**9 + int(((fraction or "") + "0" * 9)[:9])
-
-
-def _depth(body: bytes) -> int:
-    """Return how deep the containers of valid JSON are nested."""
-    deepest = level = 0
-    for match in _BRACKETS.finditer(body):
-        if match[1]:
-            level += 1
-            deepest = max(deepest, level)
-        elif match[0] in b"]}":
-            level -= 1
-    return deepest
 
 
 def _text(value: object) -> str | None:
@@ -375,8 +375,6 @@ def parse_event(body: bytes) -> Event:
     except ValueError as error:
         reason = str(error) if str(error).isascii() and not isinstance(error, UnicodeError) else "it is not UTF-8"
         raise Rejected(400, f"the body is not an event: {reason}") from None
-    if body.count(b"{") + body.count(b"[") > DEPTH_LIMIT and _depth(body) > DEPTH_LIMIT:
-        raise Rejected(400, f"the body is not an event: it is nested deeper than {DEPTH_LIMIT} containers")
     warnings: list[str] = []
     kind, subject, sent = fields.get("event"), _text(fields.get("interviewCode")), fields.get("timestamp")
     if not isinstance(kind, str) or not _WORD.fullmatch(kind):
@@ -738,7 +736,7 @@ class Journal:
         self.sealed = len(tail)
         self._seal_from = self._file.seek(0, os.SEEK_END) - len(tail) if tail else None
         with contextlib.suppress(ValueError, OSError):
-            if tail.startswith(_LINE_START) and _decode_object(tail, _BODY) and os.write(self._appender, b"\n"):
+            if tail.startswith(_LINE_START) and _decode_object(tail, _BODY, DEPTH_LIMIT + 1) and os.write(self._appender, b"\n"):
                 self._seal_from = None
                 return True
         try:

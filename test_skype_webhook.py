@@ -392,6 +392,22 @@ def test_what_is_no_event_is_refused(body):
     assert caught.value.status == 400
 
 
+def test_a_deep_body_overflows_no_small_stack():
+    code = """if True:
+        import sys, threading, skype_webhook as sw
+        def parse():
+            try:
+                sw.parse_event(b'{"a":' * 9000 + b"1" + b"}" * 9000)
+            except sw.Rejected as refusal:
+                print(refusal.status)
+        threading.stack_size(128 * 1024)
+        thread = threading.Thread(target=parse)
+        thread.start()
+        thread.join()"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "400\n")
+
+
 @pytest.mark.parametrize("body", [
     b"{}", b' \r\n{"a":1}\n', b'{"a":1,"a":2}', b'{"a":1e400,"b":-0.0,"c":' + b"9" * 5000 + b"}", b'{"a":' + b"[" * 63 + b"]" * 63 + b"}",
     b'{"a":"' + b"[" * 1000 + b'"}', b'{"a":"\\ud83d\\ude00"}', b'{"event":5,"currentStage":"x","interviewCode":{},"timestamp":[]}',
@@ -491,6 +507,13 @@ def test_a_torn_tail_of_every_length_is_sealed(log):
             assert blank == b" " * length and b"\n".join(rest) == torn
         else:
             assert blank + b"\n" == torn and rest == [b""]
+
+
+def test_the_deepest_event_that_lacks_only_its_newline_is_kept(log):
+    body = b'{"a":' + b"[" * 63 + b"]" * 63 + b"}"
+    log.write_bytes((whole := sw.format_line(sw.parse_event(body), body, 0))[:-1])
+    sw.Journal(log).close()
+    assert log.read_bytes() == whole
 
 
 def test_a_log_with_only_a_torn_line_longer_than_a_page_is_sealed(log):
