@@ -2134,7 +2134,9 @@ def _stage_of(body: dict[str, Any], name: str) -> str | None:
 
 
 def _utc(seconds: int, nanos: int) -> str:
-    return f"{(_EPOCH + timedelta(seconds=seconds)).isoformat()}{f'.{nanos:09d}'.rstrip('0').rstrip('.')}Z"
+    cycles, seconds = divmod(seconds, 146_097 * 86400)  # of 400 years: an offset leads out of the years that datetime has
+    when = _EPOCH + timedelta(seconds=seconds)
+    return f"{when.year + 400 * cycles:04d}{when.isoformat()[4:]}{f'.{nanos:09d}'.rstrip('0').rstrip('.')}Z"
 
 
 class Step(NamedTuple):
