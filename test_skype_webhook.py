@@ -374,6 +374,43 @@ def test_tokens_from_outside():
     assert "iat" in refusal("Bearer " + RFC7515_A1, credentials=(sw.Credential("joe", RFC7515_A1_KEY),))
 
 
+# From Wycheproof (json_web_signature_test.json, Apache-2.0), the key being 32 zero bytes: the vectors that part verifiers, and the
+# word of our refusal. A valid signature gets as far as the payload, which is no JSON; Wycheproof takes the two with a "?", we do not.
+WYCHEPROOF = "eyJraWQiOiJoczI1Ni1rZXkiLCJhbGciOiJIUzI1NiJ9"
+VECTORS = {
+    "357 ValidMac": (WYCHEPROOF + ".VGVzdA.c1LROH7eNQwUT8KMVEO52VC3WZ9e_AnDWbZ7aMmowV8", "payload"),
+    "358 ValidEdgeCaseMac": (WYCHEPROOF + ".VDIxMzI1NjY4.AAAAtBuQqoI9HuBeAsgjL4nx8sCGYJa5-G2OrureLO4", "payload"),
+    "359 ValidEdgeCaseMac": (WYCHEPROOF + ".VDgxMjM0MTM.____ETVRY0lRV9XgQeYX6ixdGT0NLHYb-wZem_ifJ5k", "payload"),
+    "372 InvalidCharacterInsertedInHeader": (WYCHEPROOF + "?.VGVzdA.c1LROH7eNQwUT8KMVEO52VC3WZ9e_AnDWbZ7aMmowV8", "not three"),
+    "373 InvalidCharacterInsertedInPayload": (WYCHEPROOF + ".VGVzdA?.c1LROH7eNQwUT8KMVEO52VC3WZ9e_AnDWbZ7aMmowV8", "not three"),
+    "374 ModifiedUnusedBitsInPayload": (WYCHEPROOF + ".AB.8sL_ycV8G_D-K_2A3I0EW3NoPMeQzv13cAzuHlQ5TAE", "does not match"),
+    "375 MacOfIncorrectlyEncodedMessage": (WYCHEPROOF + ".AB.9phoKDvkBMAqTgeVIYeqAi6-lvC0pbKg9ER--3T97w0", "payload"),
+}
+
+
+@pytest.mark.parametrize("vector", VECTORS)
+def test_a_vector_of_wycheproof_gets_as_far_as_its_signature_is_good(vector):
+    text, word = VECTORS[vector]
+    assert word in refusal("Bearer " + text, credentials=(sw.Credential(KEY, bytes(32)),))
+
+
+def test_a_segment_in_a_second_spelling_is_refused_although_it_is_signed():
+    padded = payload() + b" " * (-len(payload()) % 3 + 1)  # leaves spare bits in its last character
+    segments = [base64url(HEADER + b" ").decode(), base64url(padded).decode()]
+    for header, claims, word in ((*segments, None), (respell(segments[0]), segments[1], "header"), (segments[0], respell(segments[1]), "payload"),
+                                 (segments[0] + "AAA", segments[1], "header"), (segments[0], segments[1] + "AAA", "payload")):
+        signed = f"{header}.{claims}"
+        text = f"Bearer {signed}.{base64url(hmac.new(SECRET, signed.encode(), hashlib.sha256).digest()).decode()}"
+        assert word in refusal(text) if word else check(text)
+
+
+def test_a_token_of_8_kib_is_the_longest():
+    longest, longer = (jws(HEADER, payload().ljust(size)) for size in (6083, 6084))
+    assert (len(longest), len(longer)) == (8192, 8193)
+    check("Bearer  " + longest)
+    assert "longer" in refusal("Bearer " + longer)
+
+
 def test_a_secret_is_not_in_the_text_of_a_credential():
     assert SECRET.decode() not in repr(CREDENTIAL)
 
