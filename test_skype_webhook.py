@@ -360,6 +360,26 @@ def test_leeway_is_exclusive_at_both_ends():
     check(good, now=NOW + 14, leeway=5)
 
 
+@pytest.mark.parametrize("late", [0, 298.5, 300, 1e6])
+def test_a_refusal_says_by_how_much_and_to_look_at_the_clock_where_that_is_under_5_minutes(late):
+    good = "Bearer " + token(BODY, NOW)
+    for now in (NOW - 1 - late, NOW + 11 + late):
+        detail = refusal(good, now=now)
+        assert f" {late:.1f} s more than" in detail and ("clock" in detail) == (late < 300)
+
+
+def test_the_checks_are_made_in_their_order():
+    header, claims, secret = {"alg": "none", "crit": []}, {"iss": "x", "nbf": NOW + 60, "iat": None, "exp": None, "sub": "x"}, b"other"
+    for word, remedy in (("does not match", {}), ("HS256", {"secret": SECRET}), ("critical", {"alg": "HS256"}), ("issuer", {"crit": None}),
+                         ("exp", {"iss": KEY}), ("iat", {"exp": NOW + 10}), ("nbf", {"iat": NOW}), ("sub", {"nbf": NOW}),
+                         (None, {"sub": hashlib.sha256(BODY).hexdigest()})):
+        secret = remedy.pop("secret", secret)
+        (header if remedy.keys() & {"alg", "crit"} else claims).update(remedy)
+        parts = (json.dumps({k: v for k, v in part.items() if v is not None}).encode() for part in (header, claims))
+        text = "Bearer " + jws(*parts, secret)
+        assert word in refusal(text) if word else check(text)
+
+
 def test_a_previous_credential_needs_its_own_key_and_secret():
     old = sw.Credential("old", b"old secret")
     both = (CREDENTIAL, old)
@@ -396,12 +416,14 @@ def test_a_vector_of_wycheproof_gets_as_far_as_its_signature_is_good(vector):
 
 def test_a_segment_in_a_second_spelling_is_refused_although_it_is_signed():
     padded = payload() + b" " * (-len(payload()) % 3 + 1)  # leaves spare bits in its last character
-    segments = [base64url(HEADER + b" ").decode(), base64url(padded).decode()]
-    for header, claims, word in ((*segments, None), (respell(segments[0]), segments[1], "header"), (segments[0], respell(segments[1]), "payload"),
-                                 (segments[0] + "AAA", segments[1], "header"), (segments[0], segments[1] + "AAA", "payload")):
-        signed = f"{header}.{claims}"
-        text = f"Bearer {signed}.{base64url(hmac.new(SECRET, signed.encode(), hashlib.sha256).digest()).decode()}"
-        assert word in refusal(text) if word else check(text)
+    good = (base64url(HEADER + b" ").decode(), base64url(padded).decode())
+    for at, name in enumerate(("header", "payload")):
+        for spell in (str, respell, "{}AAA".format):
+            segments = [*good]
+            segments[at] = spell(good[at])
+            signed = ".".join(segments)
+            text = f"Bearer {signed}.{base64url(hmac.new(SECRET, signed.encode(), hashlib.sha256).digest()).decode()}"
+            assert check(text) if spell is str else name in refusal(text)
 
 
 def test_a_token_of_8_kib_is_the_longest():
@@ -476,9 +498,12 @@ def test_an_unpaired_surrogate_is_recorded_as_base64(escape):
 
 
 @pytest.mark.parametrize(("field", "value"), [
-    ("interviewCode", ""), ("interviewCode", "a\nb"), ("interviewCode", "\x7f"), ("interviewCode", 5),
-    ("timestamp", "2018-02-26 17:50:17Z"), ("timestamp", "2018-02-26T17:50:17"), ("timestamp", "2018-02-26T25:50:17Z"), ("timestamp", 0),
-    ("timestamp", "\u0662018-02-26T17:50:17Z"), ("event", "x" * 65), ("event", "a\"b"), ("event", None)])
+    *(("interviewCode", value) for value in ("", "a\nb", "\x7f", 5, "\x85", "\ufffe", "\ufdd0", "\U0010ffff")),
+    *(("timestamp", value) for value in (
+        "2018-02-26 17:50:17Z", "2018-02-26T17:50:17", "2018-02-26T25:50:17Z", 0, "\u0662018-02-26T17:50:17Z", "2018-02-26T17:50:17+24:00",
+        "2018-02-26T17:50:17+01", "2018-02-26T17:50:17,5Z", "2018-02-26T17:50:17.Z", "2018-02-26T24:00:00Z", "2018-02-26T17:50:61Z",
+        "2018-02-29T00:00:00Z", "2018-02-26T17:50:17Z\n", "20180226T175017Z")),
+    *(("event", value) for value in ("x" * 65, "a\"b", None, "State\n", "", "\u00e9"))])
 def test_what_fits_no_attribute_is_left_out(field, value):
     body = event(**{field: value})
     envelope = json.loads(sw.format_line(sw.parse_event(body), body, 0))
@@ -486,6 +511,26 @@ def test_what_fits_no_attribute_is_left_out(field, value):
         assert envelope["type"] == "com.skype.interviews.unknown"
     else:
         assert {"interviewCode": "subject", "timestamp": "time"}[field] not in envelope
+
+
+@pytest.mark.parametrize(("field", "attribute", "value"), [
+    *(("interviewCode", "subject", value) for value in (" ", '"\\', "\u2028\xa0\U0001f600", "x" * 9999)),
+    *(("timestamp", "time", value) for value in (
+        "2018-02-26t17:50:17z", "2016-12-31T23:59:60Z", "2020-02-29T00:00:00-23:59", f"2018-02-26T17:50:17.{'1' * 99}Z",
+        "0001-01-01T00:00:00+01:00")),
+    *(("event", "type", value) for value in ("x" * 64, ".a_B-9"))])
+def test_what_fits_an_attribute_is_there_as_sent(field, attribute, value):
+    body = event(**{field: value})
+    recorded = sw.format_line(sw.parse_event(body), body, 0)
+    assert json.loads(recorded)[attribute] == "com.skype.interviews." * (field == "event") + value
+    assert recorded.count(b"\n") == 1 and not sw.parse_event(body).warnings
+
+
+@pytest.mark.parametrize(("recorded", "text"), [
+    (0, "1970-01-01T00:00:00.000000Z"), (1.0, "1970-01-01T00:00:01.000000Z"), (1_600_000_000.9999999, "2020-09-13T12:26:41.000000Z"),
+    (1_600_000_000.000001, "2020-09-13T12:26:40.000001Z"), (253_402_300_799, "9999-12-31T23:59:59.000000Z")])
+def test_a_recordedtime_has_six_digits(recorded, text):
+    assert json.loads(sw.format_line(sw.parse_event(b"{}"), b"{}", recorded))["recordedtime"] == text
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("1970-01-01T00:00:01Z", 1), ("1970-01-01t01:00:00+01:00", 0), ("1970-01-01T00:00:00-00:30", 1800),
