@@ -5,6 +5,7 @@ Run with `python3 -m pytest`. Sections in the order of the module.
 from __future__ import annotations
 
 import base64
+import collections
 import contextlib
 import errno
 import hashlib
@@ -537,6 +538,109 @@ def test_a_recordedtime_has_six_digits(recorded, text):
                                                ("2016-12-31T23:59:60Z", 1483228800), ("1970-01-01T00:00:00.0000001Z", 1e-7)])
 def test_times_are_instants(text, seconds):
     assert sw.parse_time(text) == round(seconds * 10**9)
+
+
+# The contract by other means than the module's, for what no table holds.
+
+
+def decode(text, members=None):
+    """Return the value of strict JSON, numbers as float; an object as `members` makes it of its pairs, by default of no name twice."""
+    def once(pairs):
+        assert len(dict(pairs)) == len(pairs)
+        return dict(pairs)
+    return json.loads(text, parse_constant=int, parse_int=float, object_pairs_hook=members or once)
+
+
+def depth(value):
+    return 1 + max(map(depth, value.values() if isinstance(value, dict) else value), default=0) if isinstance(value, (dict, list)) else 0
+
+
+def seconds_of(date):
+    date = decode(date) if isinstance(date, str) and date.strip() == date else date
+    assert isinstance(date, float) and abs(date) <= sys.float_info.max
+    return date / 1000 if date >= 10**11 else date
+
+
+def is_valid(text, body, now):
+    segments = text.encode().split(b".")
+    try:
+        parts = [base64.b64decode(segment + b"=" * (-len(segment) % 4), b"-_", validate=True) for segment in segments]
+        header, claims = (decode(part.decode()) for part in parts[:2])
+        assert len(text) <= 8192 and len(segments) == 3 and all(segments) and [*map(base64url, parts)] == segments
+        assert segments[2] == base64url(hmac.new(SECRET, b".".join(segments[:2]), "sha256").digest())
+        assert header["alg"] == "HS256" and "crit" not in header and claims["iss"] == KEY and max(depth(header), depth(claims)) <= 64
+        assert max(seconds_of(claims["iat"]), seconds_of(claims.get("nbf", claims["iat"]))) - 1 < now < seconds_of(claims["exp"]) + 1
+        assert claims["sub"].lower() == hashlib.sha256(body).hexdigest()
+    except (AssertionError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return True
+
+
+def is_event(body):
+    try:
+        return isinstance(value := decode(body.decode(), dict), dict) and depth(value) <= 64
+    except ValueError:
+        return False
+
+
+def has_lone_surrogate(body):
+    try:
+        json.dumps(decode(body.decode(), lambda pairs: [*map(list, pairs)]), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+PIECES = [*rb'\ud800 \uDC00 \ud83d\ude00 \u0000 \n \\ \" \/ \x [ ] { } " , : . NaN -Infinity 1e400 -0 01 1. +1 1_0 {} "" "":1,'.split(),
+          *b"\r,\n,\0,\x7f,\xc2\x85,\xe2\x80\xa8,\xef\xbb\xbf,\xed\xa0\x80,\xff".split(b","), b"9" * 4301, *[b"[" * 70 + b"]" * 70] * 3]
+VALUES = [None, True, 0, -1, 1e11, 10**400, float("nan"), NOW, NOW * 1000, f"{NOW}.5", f"{NOW}e3", f" {NOW}", f"+{NOW}", "", "\ud800",
+          "x\ny", "\u2028", (), (NOW,),
+          "HS256", "none", "a.b-c_D9", "x" * 65, KEY.upper(), "2018-02-26t17:50:17+23:59", "2018-02-29T00:00:00Z"]
+
+
+def mutate(rng, data):
+    """Return a JSON object with bytes flipped, cut, repeated, moved or put in, or with a member's value swapped for another."""
+    if rng.random() < 0.4:
+        members = json.loads(data)
+        inner = rng.choice([members, *(value for value in members.values() if isinstance(value, dict))])
+        inner[rng.choice(["crit", "nbf", *inner])] = rng.choice(VALUES)
+        return json.dumps(members, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
+    begin, other, piece = rng.randrange(len(data)), rng.randrange(len(data)), rng.choice(PIECES)
+    begin, end = rng.choice([(begin, begin + rng.randrange(1, 12)), rng.choice([m.span() for m in re.finditer(rb'"[^"]*"|\d+|\S', data)])])
+    cut, rest = data[begin:end], data[:begin] + data[end:]
+    flipped = bytes([data[begin] ^ 1 << rng.randrange(8)])
+    return rng.choice((data[:begin] + flipped + data[begin + 1:], rest, data[:begin] + cut + data[begin:],
+                       rest[:other] + cut + rest[other:], data[:begin] + piece + data[begin:], data[:begin] + piece + data[end:]))
+
+
+def outcome(call, *args):
+    try:
+        return call(*args)
+    except sw.Rejected as refused:
+        return refused.status
+
+
+def test_mutants_of_a_delivery_fare_as_the_contract_says():
+    rng, good, tally = random.Random(7515), event(interviewCode="1c519c56"), collections.Counter()
+    for number in range(14_000):
+        what = ("header", "payload", "payload", "token", "body", "signed body", "signed body")[number % 7]
+        body = mutate(rng, good) if what.endswith("body") else good
+        header, claims = HEADER, payload(body if what == "signed body" else good)
+        text = jws(mutate(rng, header) if what == "header" else header, mutate(rng, claims) if what == "payload" else claims)
+        if what == "token":
+            at = rng.randrange(len(text))
+            text = text[:at] + rng.choice(("", "A", "=", ".", "+", "\xe9", text[at:] + text[at])) + text[at + rng.randrange(2):]
+        claims, parsed = outcome(check, "Bearer " + text, body), outcome(sw.parse_event, body)
+        assert (claims if claims == 401 else type(claims)) == (dict if is_valid(text, body, NOW) else 401), (text, body)
+        assert (parsed != 400) == is_event(body), body
+        if parsed != 400:
+            kept = (b'_base64":"%b"' % base64.b64encode(body) if has_lone_surrogate(body)
+                    else b'":' + body.replace(b"\r", b" ").replace(b"\n", b" "))
+            recorded = sw.format_line(parsed, body, 0)
+            assert recorded.endswith(b'Z","datacontenttype":"application/json","data%b}\n' % kept) and recorded.count(b"\n") == 1, body
+            assert json.loads(recorded, parse_int=float)["id"] == hashlib.sha256(body).hexdigest(), body
+        tally[what, claims != 401, parsed != 400] += 1
+    assert tally["header", True, True] > 30 and tally["payload", True, True] > 30 and tally["signed body", True, False] > 30
 
 
 # --- The journal ---
