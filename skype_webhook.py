@@ -24,6 +24,7 @@ import base64
 import contextlib
 import dataclasses
 import errno
+import glob
 import hashlib
 import hmac
 import http.client
@@ -55,13 +56,13 @@ import traceback
 import urllib.parse
 import uuid
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
 from functools import cached_property, lru_cache
 from http import HTTPStatus
-from typing import Any, BinaryIO, NamedTuple, NoReturn, Optional
+from typing import Any, NamedTuple, NoReturn, Optional
 
 try:
     import fcntl
@@ -96,11 +97,11 @@ READ_BACK = 2**20                 # bytes of the log read at once at start
 REPORT_PAUSE = 0.02               # seconds; lines of deliveries wait this long for others
 REPORT_LIMIT = 10_000             # lines kept for a stderr that does not take them
 VIEWERS = 16                      # live views at once, besides the connections: people, not senders
-VIEW_BYTES = 256 * 1024           # of the log that a new viewer gets: some four hundred events
-VIEW_PAUSE = 0.1                  # seconds between two looks of a viewer, however many events come
+VIEW_BYTES = 2**20                # of the log that a new viewer gets: some 1,700 events
+VIEW_PAUSE = 0.2                  # seconds between two looks of a viewer, however many events come
 HEARTBEAT_SECONDS = 15.0          # of silence on an event stream; proxies close it after 60
-WRONG_PASSWORDS = 10              # a minute from one address; the next attempts are not even looked at
-WRONG_ADDRESSES = 1000            # a minute; so ten thousand guesses a minute, from wherever
+WRONG_PASSWORDS = 30              # a minute from one address; the next attempts are not even looked at
+WRONG_ADDRESSES = 10_000          # remembered at once
 BACKLOG = 1024                    # connections the kernel keeps for us while we accept
 
 STAGES = {
@@ -428,15 +429,10 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-@lru_cache(maxsize=2)
-def _clock(second: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-
-
 def stamp(message: str) -> str:
     """Return the operator's line for `message`, as of now (UTC, to the millisecond)."""
     now = time.time()
-    return f"{_clock(int(now))}.{int(now * 1000) % 1000:03d}Z {printable(message)}\n"
+    return f"{_second(int(now))}.{int(now * 1000) % 1000:03d}Z {printable(message)}\n"
 
 
 def write_lines(lines: Sequence[str]) -> None:
@@ -500,7 +496,6 @@ class Journal:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self.on_final: Callable[[], None] = lambda: None  # called when a sync failed: the process has to end
-        self.on_commit: Callable[[], None] = lambda: None  # called when a batch has been written: viewers wait for it
         self.sealed = 0                                   # bytes of a torn tail found at the start
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
@@ -614,7 +609,6 @@ class Journal:
                     if error is None and entry.event_id:
                         self._remember(entry.event_id)
                     entry.settle(error)
-            self.on_commit()
             if self.final:
                 self.on_final()
 
@@ -1271,8 +1265,8 @@ class Receiver(socketserver.BaseServer):
         self.stopping = self.hung_up = False
         self.changed = threading.Condition()
         self.connections: set[Connection] = set()
-        self.viewers: set[Viewer] = set()
-        self.wrong = WrongPasswords()
+        self.viewers: set[Connection] = set()
+        self.wrong: Counter[tuple[str, int]] = Counter()  # wrong passwords of the live view, by address and minute
         self.adopt(settings, certificate)
         self.counts = {outcome: itertools.count() for outcome in ("recorded", "duplicate", "refused")}  # next() needs no lock
         self.reports: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -1293,7 +1287,6 @@ class Receiver(socketserver.BaseServer):
             end.setblocking(False)
         self.selector.register(self.alarm, selectors.EVENT_READ)
         journal.on_final = self.end
-        journal.on_commit = self.wake_viewers
 
     def adopt(self, settings: Settings, certificate: Certificate | None) -> None:
         """Serve the requests to come by these settings, and the connections to come with this certificate."""
@@ -1303,7 +1296,6 @@ class Receiver(socketserver.BaseServer):
         if settings.view_password:
             self.routes.update({"/": {"GET": show_page, "HEAD": show_page}, "/events": {"GET": show_events, "HEAD": show_events}})
         self.routes.setdefault(settings.path, {})["POST"] = Handler.do_POST
-        self.wake_viewers()  # those who came by another password have to leave
 
     def report(self, outcome: str, line: str) -> None:
         """Count an outcome, and hand its line over to the reporter; lines are dropped while stderr takes none."""
@@ -1327,11 +1319,6 @@ class Receiver(socketserver.BaseServer):
         self.stopping = True
         with contextlib.suppress(OSError):  # a full bell has been rung
             self.bell.send(b"\0")
-
-    def wake_viewers(self) -> None:
-        """Let the viewers look at the log. Called after every batch, so it has to cost nothing where there are none."""
-        for viewer in tuple(self.viewers):
-            viewer.wake.set()
 
     def serve_forever(self, poll_interval: float = 2.0) -> None:
         """Accept until `stopping`; every `poll_interval` seconds at the latest, see what is due."""
@@ -1488,9 +1475,8 @@ class Receiver(socketserver.BaseServer):
     def stop(self) -> None:
         """Answer what has been sent whole, then end all connections; within STOP_SECONDS and some."""
         with self.changed:
-            for viewer in self.viewers:
-                viewer.link.cut()
-        self.wake_viewers()
+            for link in self.viewers:
+                link.cut()
         end, grace = time.monotonic() + STOP_SECONDS, time.monotonic() + STOP_GRACE
         for listener in self.listeners:
             while not self.inherited and time.monotonic() < grace and self.accept(listener):
@@ -1566,235 +1552,200 @@ def notify(state: str) -> None:
 # --- The live view: one page, and the log as an event stream for those who know the password ---
 
 
+def _open_log(path: str) -> io.FileIO | None:
+    """Open a log to read, if it is there; a pipe of that name would keep us waiting."""
+    try:
+        return io.FileIO(path) if os.path.isfile(path) else None
+    except OSError:
+        return None
+
+
+def _identity(file: io.FileIO | None) -> str:
+    """Return what tells this file of the log from all others, "" while it is empty: an inode alone is used again."""
+    start = file.read(_ID.stop) if file and file.seek(0) == 0 else b""
+    return f"{os.fstat(file.fileno()).st_ino:x}.{hashlib.sha256(start).hexdigest()[:16]}" if file and len(start) == _ID.stop else ""
+
+
 class Tail:
     """The log as a reader follows it: whole lines only, over rotation, copytruncate and removal.
 
     The journal never writes to a file again once it has written to the next one. So when another file at the path
-    holds anything, what the old one holds is all: it is read to its end, and left.
+    holds an event, what the old one holds is all: it is read to its end, and left.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.file: BinaryIO | None = None
-        self.offset = self.turns = self.identity = 0  # turns: how often the log began anew
-        self.open(path)
+        self.file: io.FileIO | None = None
+        self.later: list[str] = []  # what to read before the log itself, while catching up
+        self.begin(_open_log(path))
 
-    def open(self, path: str) -> None:
-        """Begin at the start of this file, if it is there."""
-        with contextlib.suppress(OSError):
-            file = open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115  # it is kept, and closed by close()
-            self.close()
-            self.file, self.offset, self.identity = file, 0, os.fstat(file.fileno()).st_ino
+    def begin(self, file: io.FileIO | None) -> None:
+        """Go to the start of this file, and leave the one before."""
+        self.close()
+        self.file, self.offset, self.identity = file, 0, _identity(file)
 
     def close(self) -> None:
         if self.file:
             self.file.close()
-            self.file = None
 
     def size(self) -> int:
-        return os.fstat(self.file.fileno()).st_size if self.file else 0
+        return self.file.seek(0, os.SEEK_END) if self.file else 0
 
-    def read(self) -> bytes:
+    def read(self, partly: bool = False) -> bytes:
         """Return the next whole lines, b"" if there are none yet. A part of a line is read again: it may be blanked."""
-        length = VIEW_BYTES
-        while self.file:
-            self.file.seek(self.offset)
-            data = self.file.read(length)
-            end = data.rfind(b"\n") + 1
-            self.offset += end
-            if end or len(data) < length:
-                return data[:end]
+        length, data = VIEW_BYTES, b""
+        while self.file and self.file.seek(self.offset) >= 0 and len(data := self.file.read(length)) == length and b"\n" not in data:
             length *= 2
-        return b""
+        end = len(data) if partly else data.rfind(b"\n") + 1
+        self.offset += end
+        return data[:end]
 
     def poll(self) -> Iterator[bytes]:
-        """Yield what is new, some hundred whole lines at a time; `turns` has grown where a file's first follow."""
+        """Yield what is new, some hundred whole lines at a time, and b"" where another file begins."""
         while True:
-            moved = self._has_moved()  # looked at first: what is read then is all that the old file will ever hold
-            while data := self.read():
-                yield data
-            if not moved:
+            following = self._following()  # looked for first: what is read then is all that the old file will ever hold
+            while lines := self.read():
+                yield lines
+            if not following:
                 return
-            self.open(self.path)
-            self.turns += 1
+            self.begin(following)
+            yield b""
 
-    def _has_moved(self) -> bool:
-        try:
-            now = os.stat(self.path)
-        except OSError:
-            return False
-        if self.file is None or now.st_ino != self.identity:
-            return now.st_size > 0 and stat.S_ISREG(now.st_mode)
-        return now.st_size < self.offset
+    def _following(self) -> io.FileIO | None:
+        while self.later:
+            if file := _open_log(self.later.pop(0)):
+                return file
+        now = _open_log(self.path)
+        identity = _identity(now)
+        self.identity = self.identity or _identity(self.file)  # after the other: both may be one file that was empty until now
+        if now and identity in ("", self.identity):
+            now.close()
+            return None
+        return now
 
-    def choose(self, identity: str) -> bool:
-        """Open the file with this inode number instead, if it is the log, or one that the log was rotated to."""
-        folder, name = os.path.split(self.path)
-        with contextlib.suppress(OSError), os.scandir(folder or ".") as entries:
-            for entry in entries:
-                if entry.name.startswith(name) and str(entry.inode()) == identity and entry.is_file():
-                    self.open(entry.path)
-        return str(self.identity) == identity
-
-    def page_before(self, end: int) -> int:
-        """Return where the whole lines begin that fill VIEW_BYTES before `end`."""
-        length = VIEW_BYTES
-        while self.file and length < end:
-            self.file.seek(end - length)
-            cut = self.file.read(length - 1).find(b"\n") + 1
-            if cut:
-                return end - length + cut
-            length *= 2
-        return 0
-
-
-class WrongPasswords:
-    """Wrong passwords by address in the present minute. Who has had ten is refused unread, a right one too: else
-    guessing would go on at full speed. Pages that are open stay so; a limit for all would let anyone lock all out."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.minute, self.counts = 0, {}  # type: int, dict[str, int]
-
-    def check(self, address: str, wrong: int) -> None:
-        """Add `wrong` to the count of this address; raise Rejected(429) if it has had its share."""
-        now = time.monotonic()
-        with self.lock:
-            if self.minute != now // 60:
-                self.minute, self.counts = int(now // 60), {}
-            count = self.counts.get(address, 0)
-            if count >= WRONG_PASSWORDS or not count and len(self.counts) >= WRONG_ADDRESSES:
-                raise Rejected(429, "there were too many wrong passwords; wait a minute", ("Retry-After", str(60 - int(now % 60))))
-            if wrong:
-                self.counts[address] = count + wrong
+    def go_back_to(self, identity: str) -> bool:
+        """Go to the start of the file of this identity, if it is still here by whatever name, to read on from there."""
+        with contextlib.suppress(OSError):  # one has just been removed
+            paths = sorted(glob.glob(glob.escape(self.path) + "*"), key=lambda path: (path == self.path, os.stat(path).st_mtime_ns))
+            while paths:
+                self.begin(_open_log(paths.pop(0)))
+                if self.identity == identity:
+                    self.later = paths
+                    return True
+        return False
 
 
 def check_password(handler: Handler, head: Head) -> None:
-    """Let a viewer in by HTTP Basic (RFC 7617), by any user name; raise Rejected."""
+    """Let a viewer in by HTTP Basic (RFC 7617), by any user name; raise Rejected.
+
+    An address that had its share of wrong ones in this minute is refused unread, else guessing would go on at full speed.
+    """
     address = handler.peer.rpartition(":")[0] if handler.peer == handler.request.peer else handler.peer
-    wrong = handler.server.wrong
-    wrong.check(address, 0)
-    scheme, _, text = head.fields.get("authorization", "").partition(" ")
+    wrong, minute = handler.server.wrong, int(time.monotonic() // 60)
+    if wrong[address, minute] >= WRONG_PASSWORDS:
+        raise Rejected(429, "there were too many wrong passwords; wait a minute", ("Retry-After", "60"))
     challenge = ("WWW-Authenticate", 'Basic realm="skype_webhook", charset="UTF-8"')
+    scheme, _, text = head.fields.get("authorization", "").partition(" ")
     if scheme.lower() != "basic":
         raise Rejected(401, "the live view asks for its password", challenge)
-    try:
+    given = b""
+    with contextlib.suppress(ValueError):
         given = base64.b64decode(text.strip(" "), validate=True).partition(b":")[2]
-    except ValueError:
-        given = b""
-    right = handler.server.settings.view_password.encode("utf-8", "surrogateescape")
-    if not hmac.compare_digest(hashlib.sha256(given).digest(), hashlib.sha256(right).digest()):
-        wrong.check(address, 1)
+    if not hmac.compare_digest(given, handler.server.settings.view_password.encode("utf-8", "surrogateescape")):
+        if len(wrong) > WRONG_ADDRESSES:
+            wrong.clear()
+        wrong[address, minute] += 1
         raise Rejected(401, "that is not the password of the live view", challenge)
 
 
 VIEW_FIELDS = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"))
+STREAM_TYPE = "text/event-stream; charset=utf-8"
 
 
 def show_page(handler: Handler, head: Head) -> None:
     """GET /: the page."""
     check_password(handler, head)
-    handler.answer(200, PAGE, "text/html; charset=utf-8", ("Content-Security-Policy", PAGE_POLICY), *VIEW_FIELDS)
+    page = PAGE.replace("{PATH}", handler.server.settings.path.replace("&", "&amp;"))  # it holds no <: see `_path`
+    handler.answer(200, page.encode(), "text/html; charset=utf-8", ("Content-Security-Policy", PAGE_POLICY), *VIEW_FIELDS)
 
 
 def show_events(handler: Handler, head: Head) -> None:
-    """GET /events: the stream; with `before`, the lines before that offset. `log` names the file that an offset is of."""
+    """GET /events: the log as server-sent events, each a line, whose id is the offset of its end.
+
+    `?log=` is for the page: it gets `log` events too, which say what file is read, and up to where. With those two,
+    `?log=...&after=...` goes on in that file, wherever it was rotated to in the meantime.
+    """
     check_password(handler, head)
-    query = dict(urllib.parse.parse_qsl(head.query))
-    before = re.fullmatch(r"[0-9]{1,18}", query.get("before", ""))
-    if handler.method == "HEAD":
-        handler.answer(200, b"", "text/event-stream; charset=utf-8", *VIEW_FIELDS)
-    elif before:
-        with contextlib.closing(Tail(handler.server.settings.log)) as tail:
-            if not tail.choose(query.get("log", str(tail.identity))):
-                raise Rejected(404, "that part of the log is not here any more")
-            end = min(int(before[0]), tail.size())
-            start = tail.offset = tail.page_before(end)
-            lines = (tail.file.seek(start), tail.file.read(end - start))[1] if tail.file else b""
-        handler.answer(200, lines, "application/x-ndjson", ("Log-Offset", str(start)), *VIEW_FIELDS)
-    else:
-        last = query.get("after") or head.fields.get("last-event-id", "")
-        viewer = Viewer(handler, int(last) if re.fullmatch(r"[0-9]{1,18}", last) else None, query.get("log"))
-        try:
-            viewer.follow()
-        finally:
-            viewer.leave()
+    if head.method == "HEAD":
+        handler.answer(200, b"", STREAM_TYPE, *VIEW_FIELDS)
+        return
+    query = dict(urllib.parse.parse_qsl(head.query, keep_blank_values=True))
+    identity, last = query.get("log"), query.get("after") or head.fields.get("last-event-id", "")
+    with viewer_place(handler), contextlib.closing(Tail(handler.server.settings.log)) as tail:
+        if not re.fullmatch(r"[0-9]{1,18}", last):
+            tail.offset = max(0, tail.size() - VIEW_BYTES)
+        elif (not identity or tail.go_back_to(identity)) and int(last) <= tail.size():
+            tail.offset = int(last)  # else its file has gone, and all of the present one is new
+        follow(handler, tail, identity is not None)
 
 
-class Viewer:
-    """One open page (or curl): a connection that has left the senders' places, and its place in the log."""
-
-    def __init__(self, handler: Handler, last: int | None, log: str | None) -> None:
-        self.link, self.server = handler.request, handler.server
-        self.wake = threading.Event()
-        self.password = self.server.settings.view_password
-        handler.close_connection = True
-        with self.server.changed:
-            if self.link.is_cut:
-                raise ConnectionAbortedError("its place was taken")
-            if len(self.server.viewers) >= VIEWERS:
-                raise Rejected(503, f"there are {VIEWERS} viewers, and no more places", ("Retry-After", "10"))
-            self.server.connections.discard(self.link)
-            self.server.viewers.add(self)
-            self.server.changed.notify_all()
-        self.tail = Tail(self.server.settings.log)
-        known = log is None or self.tail.choose(log)  # else its file has gone: the present one is new to the page
-        if last is None:
-            self.tail.offset = self.tail.page_before(self.tail.size())
-        elif known and last <= self.tail.size():
-            self.tail.offset = last
-
-    def leave(self) -> None:
-        self.tail.close()
-        with self.server.changed:
-            self.server.viewers.discard(self)
-
-    def follow(self) -> None:
-        """Send events as they come until the viewer or the server goes; a silent log costs one look a second."""
-        link = self.link
-        for name, value in (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 2), ("TCP_USER_TIMEOUT", 8000)):
-            if hasattr(socket, name):  # so a machine that fell asleep is noticed too
-                link.socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        link.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self.send(format_answer(200, None, "text/event-stream; charset=utf-8",
-                                [*VIEW_FIELDS, ("X-Accel-Buffering", "no"), ("Connection", "close")]) + self.place("log"))
-        while not (link.is_cut or self.server.stopping or self.password != self.server.settings.view_password or self.has_gone()):
-            self.wake.clear()
-            turns = self.tail.turns
-            for data in self.tail.poll():
-                start = self.tail.offset - len(data)
-                self.send((self.place("rotated", 0) if self.tail.turns > turns else b"") + _frames(data, start))
-                turns = self.tail.turns
-            if self.tail.turns > turns:  # emptied
-                self.send(self.place("rotated", 0))
-            if time.monotonic() - self.sent >= HEARTBEAT_SECONDS:
-                self.send(b": heartbeat\n\n")
-            time.sleep(VIEW_PAUSE)
-            self.wake.wait(1 - VIEW_PAUSE)
-
-    def place(self, name: str, start: int | None = None) -> bytes:
-        """Return the event that says which file is read, and from where."""
-        start = self.tail.offset if start is None else start
-        return b'id: %d\nevent: %b\ndata: {"log":"%d","start":%d}\n\n' % (start, name.encode(), self.tail.identity, start)
-
-    def send(self, data: bytes) -> None:
-        """Send, if the viewer takes it within the request timeout; else OSError."""
-        self.link.socket.settimeout(self.server.settings.request_timeout)
-        if data:
-            self.link.socket.sendall(data)
-            self.sent = time.monotonic()
-
-    def has_gone(self) -> bool:
-        """Tell, without waiting, whether the viewer has closed its side; what else it sends is dropped."""
-        self.link.socket.settimeout(0)
-        try:
-            return not self.link.socket.recv(READ_SIZE)
-        except (BlockingIOError, ssl.SSLWantReadError):
-            return False
+@contextlib.contextmanager
+def viewer_place(handler: Handler) -> Iterator[None]:
+    """Move a connection from the senders' places to one of the viewers'; raise Rejected if there is none."""
+    link, server = handler.request, handler.server
+    with server.changed:
+        if link.is_cut:
+            raise ConnectionAbortedError("its place was taken")
+        if len(server.viewers) >= VIEWERS:
+            raise Rejected(503, f"there are {VIEWERS} viewers, and no more places", ("Retry-After", "10"))
+        server.connections.discard(link)
+        server.viewers.add(link)
+        server.changed.notify_all()
+    handler.close_connection = True
+    try:
+        yield
+    finally:
+        with server.changed:
+            server.viewers.discard(link)
 
 
-def _frames(lines: bytes, offset: int) -> bytes:
-    """Return whole lines that end before `offset` plus their length as server-sent events; foreign ones are left out."""
+def follow(handler: Handler, tail: Tail, is_page: bool) -> None:
+    """Send events as they come until the viewer or the server goes, or the password is another."""
+    link, server, password = handler.request, handler.server, handler.server.settings.view_password
+
+    def send(data: bytes) -> None:  # raises OSError if the viewer does not take it in time
+        if is_page:
+            data += b'event: log\ndata: {"log":"%b","at":%d}\n\n' % (tail.identity.encode(), tail.offset)
+        link.socket.settimeout(server.settings.request_timeout)
+        link.socket.sendall(data)
+
+    for name, value in (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 2), ("TCP_USER_TIMEOUT", 8000)):
+        if hasattr(socket, name):  # so a machine that fell asleep is noticed within ten seconds
+            link.socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    link.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    send(format_answer(200, None, STREAM_TYPE, [*VIEW_FIELDS, ("X-Accel-Buffering", "no"), ("Connection", "close")]))
+    beat = time.monotonic()
+    while not (link.is_cut or server.stopping or has_gone(link.socket) or server.settings.view_password != password):
+        for lines in tail.poll():
+            send(format_frames(lines, tail.offset - len(lines)))
+            time.sleep(VIEW_PAUSE)  # so sixteen viewers leave the senders their share of the processor
+        if time.monotonic() - beat >= HEARTBEAT_SECONDS:
+            send(b": heartbeat\n\n")
+            beat = time.monotonic()
+        time.sleep(VIEW_PAUSE)
+
+
+def has_gone(viewer: socket.socket) -> bool:
+    """Tell, without waiting, whether the viewer has closed its side; what else it sends is dropped."""
+    viewer.settimeout(0)
+    try:
+        return not viewer.recv(READ_SIZE)
+    except (BlockingIOError, ssl.SSLWantReadError):
+        return False
+
+
+def format_frames(lines: bytes, offset: int) -> bytes:
+    """Return whole lines that begin at `offset` as server-sent events; blank and foreign ones are left out."""
     frames = []
     for line in lines.split(b"\n")[:-1]:
         offset += len(line) + 1
@@ -1803,235 +1754,247 @@ def _frames(lines: bytes, offset: int) -> bytes:
     return b"".join(frames)
 
 
-_PAGE = """<!doctype html>
+PAGE = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
 <title>Skype Interviews, live</title>
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E\
-%3Crect width='16' height='16' rx='4' fill='%230a6cbd'/%3E%3Ccircle cx='8' cy='8' r='3.5' fill='white'/%3E%3C/svg%3E">
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'%3E%3Ccircle cx='8' cy='8' r='8'/%3E%3C/svg%3E">
 <style>
-:root { --back: #f5f6f8; --card: #fff; --text: #1b1f24; --dim: #59636e; --line: #d9dee4; --link: #0a5ca8; --warn: #8a4b00;
-  --failed: #b3261e; --completed: #1a7f37; --active: #0a5ca8; --ended: #59636e }
+:root { color-scheme: light dark; --back: #f4f5f7; --card: #fff; --text: #1b1f24; --dim: #59636e; --line: #d9dee4; --blue: #0a5ca8;
+  --amber: #8a4b00; --red: #b3261e; --green: #17702f }
 @media (prefers-color-scheme: dark) { :root { --back: #0e1116; --card: #161b22; --text: #e6e9ed; --dim: #9aa4af; --line: #2d343d;
-  --link: #74b4ff; --warn: #f0b35b; --failed: #ff8a80; --completed: #5fd07c; --active: #74b4ff; --ended: #9aa4af } }
+  --blue: #74b4ff; --amber: #f0b35b; --red: #ff8a80; --green: #5fd07c } }
 * { box-sizing: border-box }
-body { margin: 0 auto; padding: 1rem clamp(.75rem, 3vw, 2rem) 3rem; max-width: 80rem; background: var(--back); color: var(--text);
+body { margin: auto; padding: 1rem clamp(.75rem, 3vw, 2rem) 3rem; max-width: 84rem; background: var(--back); color: var(--text);
   font: 15px/1.45 system-ui, sans-serif }
 header { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; align-items: center }
 h1 { font-size: 1.25rem; margin: 0 auto 0 0 }
-input, button { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .4rem .7rem }
-input { width: min(20rem, 100%) }
-:focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
-#state::before { content: ""; display: inline-block; width: .65em; height: .65em; margin-right: .45em; border: 2px solid var(--warn);
-  border-radius: 50% }
-#state.live::before { background: var(--completed); border-color: var(--completed) }
-#note, .dim, .sub { color: var(--dim) }
-.sub { font-size: .87em }
+input, button { padding: .4rem .7rem; border: 1px solid var(--dim); border-radius: .5rem; background: var(--card); color: inherit;
+  font: inherit }
+input { width: 20rem; max-width: 100% }
+:focus-visible { outline: 2px solid var(--blue); outline-offset: 2px }
+#state::before { content: "\25cb\a0"; color: var(--amber) }
+#state.live::before { content: "\25cf\a0"; color: var(--green) }
+.small { font-size: .87em; color: var(--dim) }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
-table { width: 100%; border-collapse: collapse; background: var(--card); border: 1px solid var(--line); table-layout: fixed }
-th, td { text-align: left; vertical-align: top; padding: .65rem .8rem; border-top: 1px solid var(--line); overflow-wrap: anywhere;
-  unicode-bidi: isolate }
-thead th { font-size: .85em; color: var(--dim); border: 0 }
-th:nth-child(1) { width: 19% } th:nth-child(2) { width: 24% } th:nth-child(4) { width: 11% }
-a { color: var(--link); font: .87em ui-monospace, monospace }
-ol { list-style: none; margin: 0; padding: 0; display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: .4rem .9rem }
-li.gap { border-left: 3px dashed var(--warn); padding-left: .5rem }
-.warn { color: var(--warn); font-weight: 600 }
-.mark { display: inline-block; width: 1.35em; height: 1.35em; line-height: 1.35em; margin-right: .4em; text-align: center; font-size: .8em;
-  font-weight: 700; color: var(--card); background: var(--active); border-radius: 50% }
-.failed { background: var(--failed); border-radius: 0; clip-path: polygon(50% 0, 100% 50%, 50% 100%, 0 50%) }
-.completed { background: var(--completed); border-radius: .2em }
-.ended { background: var(--ended); border-radius: .7em .7em 0 0 }
-.stage { font-weight: 600 }
-summary { cursor: pointer }
-.fresh { animation: fresh 2s } @keyframes fresh { from { background: color-mix(in srgb, var(--link) 25%, transparent) } }
-@media (prefers-reduced-motion: reduce) { .fresh { animation: none } }
+table { width: 100%; border-collapse: collapse; table-layout: fixed; background: var(--card); border: 1px solid var(--line) }
+th, td { padding: .65rem .8rem; border-top: 1px solid var(--line); text-align: left; vertical-align: top; overflow-wrap: anywhere }
+th:nth-child(1) { width: 20% } th:nth-child(2) { width: 25% } th:nth-child(4) { width: 11% }
+a { color: var(--blue); font: .87em ui-monospace, monospace }
+a, .metadata { display: block; max-height: 6em; overflow: auto }
+ol { display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: .5rem 1rem; list-style: none; margin: 0; padding: 0 }
+.gap { border-left: 3px dashed var(--amber); padding-left: .5rem }
+em { display: block; color: var(--amber); font: 600 13px/1.45 system-ui, sans-serif }
+.mark { display: inline-block; width: 1.7em; margin-right: .5em; text-align: center; font: 700 .8em/1.7 ui-monospace, monospace;
+  color: var(--card); background: var(--blue); border-radius: 50% }
+.Failed { background: var(--red); clip-path: polygon(50% -10%, 110% 100%, -10% 100%) }
+.Completed { background: var(--green); border-radius: .2em }
+.Canceled, .Archived { background: var(--dim); border-radius: .8em .8em 0 0 }
 @media (max-width: 45rem) {
-  thead { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden }
-  table, tbody, tr, td, tbody th { display: block; width: auto !important }
-  table { background: none; border: 0 }
-  tr { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; margin-bottom: .7rem; padding: .3rem 0 }
-  td, th { border: 0; padding: .25rem .8rem } input, label { width: 100% }
+  input { width: 100% }
+  thead { position: absolute; clip-path: inset(50%) }
+  table, tbody, tr, td, tbody th { display: block; width: auto !important; border: 0 }
+  table { background: none }
+  tr { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; margin-bottom: .7rem; padding: .4rem 0 }
+  td, th { padding: .25rem .8rem }
+  td:last-child::before { content: "changed " }
 }
 [hidden] { display: none !important }
 </style>
 <header><h1>Skype Interviews</h1><span id="state" role="status">connecting</span>
-<label><span class="unseen">Filter by code, stage or metadata</span><input id="filter" type="search" placeholder="Filter: code, stage, metadata"></label></header>
+<input id="filter" type="search" placeholder="Filter: code, stage, metadata" aria-label="Filter by code, stage or metadata"></header>
 <main>
-<p id="note"></p>
-<p id="empty" hidden>No events yet. Send a first one from the machine of the receiver:<br>
-<code>python3 skype_webhook.py send <span id="url"></span> --insecure</code></p>
-<table id="table" role="table" hidden><caption class="unseen">Interviews, newest change first</caption><thead role="rowgroup"><tr role="row">
-<th scope="col" role="columnheader">Interview</th><th scope="col" role="columnheader">Stage</th>
-<th scope="col" role="columnheader">Path</th><th scope="col" role="columnheader">Changed</th></tr></thead>
+<p id="note" class="small"></p>
+<p id="empty" hidden>No events yet. Send a first one, on the receiver's machine and in its folder:<br>
+<code>python3 skype_webhook.py send '<span id="origin"></span>{PATH}' --insecure</code></p>
+<table role="table" hidden><caption class="unseen">Interviews, newest change first</caption>
+<thead class="small" role="rowgroup"><tr role="row">
+<th role="columnheader" scope="col">Interview</th><th role="columnheader" scope="col">Stage</th>
+<th role="columnheader" scope="col">Path</th><th role="columnheader" scope="col">Changed</th></tr></thead>
 <tbody id="rows" role="rowgroup"></tbody></table>
-<p><button id="more" hidden>Show more interviews</button> <button id="earlier" hidden>Load earlier events</button></p>
+<p><button id="earlier" hidden>Load earlier events</button></p>
 <p id="news" class="unseen" aria-live="polite"></p>
 </main>
-<noscript><p>The live view needs JavaScript. In a terminal: python3 skype_webhook.py timeline</p></noscript>
+<noscript>The live view needs JavaScript. In a terminal: python3 skype_webhook.py timeline</noscript>
 <script>
 "use strict";
-const STAGES = /*STAGES*/, MARKS = {Failed: ["!", "failed"], Completed: ["\\u2713", "completed"], Canceled: ["\\u00d7", "ended"],
-  Archived: ["=", "ended"], Created: ["+", ""], Started: ["\\u00bb", ""], Time: ["?", ""], Collecting: ["\\u2026", ""]};
-const $ = id => document.getElementById(id), base = location.origin + location.pathname.replace(/[^/]*$/, "") + "events";
-const interviews = new Map(), seen = new Set(), dirty = new Set();
-let log = null, last = 0, first = null, limit = 200, arrivals = 0, live = false, wait = 1000, due = 0;
-const shown = text => String(text).replace(/[\\u0000-\\u001f\\u007f-\\u009f\\u00ad\\u061c\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u206f\\ufeff]/g,
-  c => "\\\\u" + c.charCodeAt(0).toString(16).padStart(4, "0"));
-function make(tag, text, name, role) {
-  const node = document.createElement(tag);
-  if (text !== undefined) node.textContent = text;
-  if (name) node.className = name;
-  if (role) node.setAttribute("role", role);
+const STAGES = new Map(Object.entries({STAGES})), ROWS = 500, STEPS = 40, OPENED = Date.now();
+const SIGNS = {Created: "+", Time: "?", Started: "\u25b6", Collecting: "\u2026", Completed: "\u2713", Failed: "!", Canceled: "\u00d7",
+  Archived: "="};
+const CLOCK = new Intl.DateTimeFormat([], {timeStyle: "short"});
+const DAY = new Intl.DateTimeFormat([], {dateStyle: "medium", timeStyle: "short"});
+const $ = id => document.getElementById(id), interviews = new Map(), seen = new Set(), changed = new Set();
+let source, heard, retry, due, wait = 2000;
+let log = "", at = "";                       // the file that is read (rotations give another), and the offset up to which
+let origin = null, first, reach = 2 ** 20;   // the file and the offset that this page began at; how far the next step back goes
+
+// Text is only ever set as text. What cannot be seen in it, or turns it around (bidi marks), is spelt out.
+const shown = text => text.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, c => "\\u" + c.codePointAt(0).toString(16).padStart(4, "0"));
+const named = stage => shown(stage.slice(0, 100)) || "no stage";
+
+function make(tag, properties, ...children) {
+  const node = Object.assign(document.createElement(tag), properties);
+  node.append(...children);
   return node;
 }
-function instant(text) {  // [milliseconds of the whole second, nanoseconds]: a Date alone loses the service's ticks
-  const [, head, digits, zone] = /^(.{19})(?:\\.(\\d+))?(.*)$/.exec(text || "") || [, "", "", ""];
-  return [Date.parse(head.toUpperCase() + zone.toUpperCase()), +((digits || "") + "000000000").slice(0, 9)];
+
+function moment(time, recorded) {  // a Date loses the service's ticks: the key, which gives the order, keeps them
+  const date = new Date(time.toUpperCase()), digits = /\.\d{3}(\d*)/.exec(time)?.[1] ?? "";
+  return {time, recorded, date, key: `${date.toISOString().slice(0, 23)}${digits} ${recorded}`};
 }
-const when = at => new Date(at[0] + Math.floor(at[1] / 1e6)), order = (a, b) => a.at[0] - b.at[0] || a.at[1] - b.at[1] || a.arrival - b.arrival;
-function clock(step, withDay) {
-  const node = make("time", when(step.at).toLocaleString([], {...(withDay && when(step.at).getFullYear() !== new Date().getFullYear() ? {year: "numeric"} : {}),
-    ...(withDay ? {month: "short", day: "numeric"} : {}), hour: "numeric", minute: "2-digit"}));
-  node.dateTime = when(step.at).toISOString();
-  node.title = step.time + (step.time === step.recorded ? "" : "\\nrecorded " + step.recorded);
-  return node;
-}
-function duration(ms) {
-  const units = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]], s = Math.max(0, ms / 1000), i = units.findIndex(u => s >= u[0]);
-  if (i < 0) return "under 1 s";
-  const rest = i < 3 ? Math.floor(s % units[i][0] / units[i + 1][0]) : 0;
-  return Math.floor(s / units[i][0]) + " " + units[i][1] + (rest ? " " + rest + " " + units[i + 1][1] : "");
-}
-function mark(stage) {
-  const [sign, name] = STAGES[stage] && MARKS[/[A-Z][a-z]+$/.exec(stage)[0]] || ["?", "ended"], node = make("span", sign, "mark " + name);
-  node.setAttribute("aria-hidden", "true");
-  return node;
-}
-function take(line, earlier) {
-  let event, body;
-  try {
-    event = JSON.parse(line);
-    body = event.data || JSON.parse(new TextDecoder().decode(Uint8Array.from(atob(event.data_base64), c => c.charCodeAt(0))));
-    if (seen.has(event.id)) return;
-  } catch { return; }
+
+function take(line) {
+  const event = JSON.parse(line), code = event.subject ?? "-", recorded = event.recordedtime;
+  if (seen.has(event.id)) return;
   seen.add(event.id);
-  const code = event.subject || "-", now = body.currentStage || {}, text = value => typeof value === "string" ? value : "";
-  let time = event.time || event.recordedtime, at = instant(time);
-  if (isNaN(at[0])) at = instant(time = event.recordedtime);
-  if (isNaN(at[0])) return;
-  const known = interviews.get(code) || {code, steps: [], row: null};
-  interviews.set(code, known);
-  known.steps.push({at, time, recorded: event.recordedtime, stage: text(now.value), metadata: text(now.metadata),
-    previous: text((body.previousStage || {}).value), arrival: Date.parse(event.recordedtime) + (arrivals++ / 1e9)});
-  known.fresh = !earlier;
-  dirty.add(known);
-  if (!due) due = setTimeout(render, 60);
+  const body = event.data ?? JSON.parse(new TextDecoder().decode(Uint8Array.from(atob(event.data_base64), c => c.charCodeAt(0))));
+  const text = (stage, name) => typeof body[stage]?.[name] === "string" ? body[stage][name] : "";
+  let step;
+  try { step = moment(event.time, recorded); } catch { step = moment(recorded, recorded); }
+  step.stage = text("currentStage", "value");
+  step.metadata = text("currentStage", "metadata");
+  step.previous = text("previousStage", "value");
+  if (!interviews.has(code)) interviews.set(code, {code, steps: []});
+  const interview = interviews.get(code);
+  interview.steps.push(step);
+  interview.fresh ||= Date.parse(recorded) > OPENED;
+  interview.stale = true;
+  changed.add(interview);
 }
-function settle(known) {  // order by the events' own time; mark gaps and late arrivals
-  known.steps.sort(order);
-  let before = "", soonest = Infinity;
-  for (const step of known.steps) {
+
+function settle(interview) {  // in the order of the events' own time; gaps and late arrivals are marked
+  const steps = interview.steps.sort((a, b) => a.key < b.key ? -1 : 1);
+  let before = "", soonest = "~";
+  for (const step of steps) {
     step.gap = Boolean(before && step.stage && step.previous !== before);
     before = step.stage || before;
   }
-  for (const step of [...known.steps].reverse()) {
-    step.late = step.arrival > soonest;
-    soonest = Math.min(soonest, step.arrival);
+  for (const step of [...steps].reverse()) {
+    step.late = step.recorded > soonest;
+    if (!step.late) soonest = step.recorded;
   }
-  known.now = known.steps[known.steps.length - 1];
-  known.text = known.steps.map(s => s.stage + " " + s.metadata).join(" ").concat(" ", known.code).toLowerCase();
+  interview.now = steps[steps.length - 1];
+  interview.text = [interview.code, ...steps.flatMap(step => [step.stage, step.metadata])].join(" ").toLowerCase();
 }
-function item(step, before, after) {
-  const node = make("li", undefined, step.gap ? "gap" : ""), sub = make("div", undefined, "sub"), name = make("span", shown(step.stage) || "no stage");
-  if (step.gap) node.append(make("div", "gap: came from " + (shown(step.previous) || "no stage"), "warn sub"));
-  name.title = STAGES[step.stage] || "not a documented stage";
-  sub.append(clock(step, !before || when(before.at).toDateString() !== when(step.at).toDateString()));
-  if (after) sub.append(" for " + duration(when(after.at) - when(step.at)));
-  if (step.late) sub.append(make("span", " arrived late", "warn"));
-  node.append(mark(step.stage), name, sub);
-  return node;
+
+function duration(seconds) {
+  const parts = [];
+  for (const [size, unit] of [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]]) {
+    if (seconds >= size) parts.push(`${Math.floor(seconds / size)} ${unit}`);
+    seconds %= size;
+  }
+  return parts.slice(0, 2).join(" ") || "under 1 s";
 }
-function fill(known) {
-  const row = known.row = known.row || make("tr", undefined, "", "row"), now = known.now, held = row.contains(document.activeElement);
-  const open = row.querySelector("details[open]"), code = make("th", undefined, "", "rowheader"), link = make("a", shown(known.code).slice(0, 300));
-  code.scope = "row"; link.href = "#" + encodeURIComponent(known.code.slice(0, 300).toWellFormed()); code.append(link);
-  const stage = make("td", undefined, "", "cell"), path = make("td", undefined, "", "cell"), list = make("ol"), changed = make("td", undefined, "", "cell");
-  stage.append(mark(now.stage), make("span", shown(now.stage) || "no stage", "stage"), make("div", STAGES[now.stage] || "not a documented stage", "sub"));
-  const metadata = shown(now.metadata);
-  if (metadata.length > 160) {
-    const details = make("details", undefined, "sub"); details.open = Boolean(open);
-    details.append(make("summary", metadata.slice(0, 120) + "\\u2026"), make("div", metadata)); stage.append(details);
-  } else stage.append(make("div", metadata, "sub"));
-  known.steps.forEach((step, i) => { if (i >= known.steps.length - 24) list.append(item(step, known.steps[i - 1], known.steps[i + 1])); });
-  if (known.steps.length > 24) path.append(make("div", known.steps.length - 24 + " earlier steps", "sub"));
-  path.append(list); changed.append(clock(now, true));
-  row.replaceChildren(code, stage, path, changed);
-  row.classList.remove("fresh");
-  if (known.fresh && live) { void row.offsetWidth; row.classList.add("fresh"); }
-  known.held = held;
+
+function clock(step, format) {
+  const more = step.time === step.recorded ? "" : `\nrecorded ${step.recorded}`;
+  return make("time", {dateTime: step.date.toISOString(), title: step.time + more}, format.format(step.date));
 }
+
+function mark(stage) {
+  const kind = STAGES.has(stage) ? /[A-Z][a-z]+$/.exec(stage)[0] : "";
+  return make("span", {className: "mark " + kind, ariaHidden: "true"}, SIGNS[kind] ?? "?");
+}
+
+function item(step, i, steps) {
+  const before = steps[i - 1], after = steps[i + 1], sameDay = before?.date.toDateString() === step.date.toDateString();
+  const times = make("div", {className: "small"}, clock(step, sameDay ? CLOCK : DAY));
+  if (after) times.append(` \u00b7 ${duration((after.date - step.date) / 1000)}`);
+  if (step.late) times.append(make("em", {}, "arrived late"));
+  return make("li", {className: step.gap ? "gap" : "", title: shown(step.metadata)},
+    step.gap ? make("em", {}, `gap: came from ${named(step.previous)}`) : "", mark(step.stage), named(step.stage), times);
+}
+
+function fill(interview) {  // the row and its link stay, so that focus does
+  const {code, now, steps} = interview, cell = () => make("td", {role: "cell"}), hidden = Math.max(0, steps.length - STEPS);
+  interview.row ??= make("tr", {role: "row"}, make("th", {role: "rowheader", scope: "row"},
+    make("a", {href: "#" + encodeURIComponent(code)}, shown(code))), cell(), cell(), cell());
+  const [, stage, path, time] = interview.row.cells;
+  stage.replaceChildren(mark(now.stage), make("strong", {}, named(now.stage)),
+    make("div", {className: "small"}, STAGES.get(now.stage) ?? "not a documented stage"),
+    make("div", {className: "small metadata", tabIndex: now.metadata.length > 200 ? 0 : -1}, shown(now.metadata)));  // long: it scrolls
+  path.replaceChildren(hidden ? `after ${hidden} earlier steps:` : "", make("ol", {}, ...steps.map(item).slice(hidden)));
+  time.replaceChildren(clock(now, DAY));
+  if (interview.fresh) interview.row.animate([{backgroundColor: "color-mix(in srgb, var(--blue) 30%, var(--card))"}, {}], 2000);
+  interview.stale = interview.fresh = false;
+}
+
+function arrange(rows) {  // moving as few as can be
+  const table = $("rows"), held = document.activeElement, row = held.closest("#rows tr");
+  rows.forEach((each, i) => { if (table.children[i] !== each) table.insertBefore(each, table.children[i] ?? null); });
+  while (table.children.length > rows.length) table.lastChild.remove();
+  if (row?.isConnected && document.activeElement !== held) (held.isConnected ? held : row.querySelector("a")).focus({preventScroll: true});
+}
+
 function render() {
-  due = 0;
-  for (const known of dirty) settle(known);
-  const wanted = $("filter").value.trim().toLowerCase(), rows = $("rows");
-  const found = [...interviews.values()].filter(i => i.text.includes(wanted)).sort((a, b) => order(b.now, a.now)), part = found.slice(0, limit);
-  let focused = document.activeElement && document.activeElement.closest("#rows tr"), place = rows.firstElementChild;
-  const kind = focused && document.activeElement.tagName;
-  for (const known of part) if (!known.row || dirty.has(known)) fill(known);
-  for (const known of interviews.values()) if (dirty.has(known) && !part.includes(known)) known.row = known.row && (known.row.remove(), null);
-  place = rows.firstElementChild;
-  for (const known of part) { if (known.row === place) place = place.nextElementSibling; else rows.insertBefore(known.row, place); }
-  while (place) { const next = place.nextElementSibling; place.remove(); place = next; }
-  if (focused && focused.isConnected && !focused.contains(document.activeElement))
-    (focused.querySelector(kind) || focused.querySelector("a")).focus({preventScroll: true});
-  if (live && dirty.size) $("news").textContent = dirty.size > 3 ? dirty.size + " interviews have changed"
-    : [...dirty].map(i => shown(i.code).slice(0, 40) + " is now " + shown(i.now.stage).slice(0, 40)).join(", ");
-  dirty.clear();
-  $("table").hidden = !found.length; $("more").hidden = found.length <= limit; $("earlier").hidden = !first; $("empty").hidden = interviews.size > 0 || first === null;
-  $("note").textContent = !interviews.size ? "" : `${found.length} of ${interviews.size} interviews, events: ${seen.size}` +
-    (first ? "; this page started from the end of the log" : "");
+  due = clearTimeout(due);
+  changed.forEach(settle);
+  const wanted = $("filter").value.trim().toLowerCase(), news = [...changed].filter(each => each.fresh);
+  const found = [...interviews.values()].filter(each => each.text.includes(wanted)).sort((a, b) => a.now.key < b.now.key ? 1 : -1);
+  const part = found.slice(0, ROWS);
+  part.filter(each => each.stale).forEach(fill);
+  arrange(part.map(each => each.row));
+  changed.clear();
+  if (news.length) $("news").textContent = news.length > 3 ? `${news.length} interviews have changed`
+    : news.map(each => `${shown(each.code.slice(0, 100))} is now ${named(each.now.stage)}`).join(", ");
+  $("note").textContent = (interviews.size ? `${found.length} of ${interviews.size} interviews` : "")
+    + (found.length > ROWS ? `, the newest ${ROWS} are shown` : "") + (first ? ". This page began near the end of the log." : "");
+  document.querySelector("table").hidden = !found.length;
+  $("earlier").hidden = !first;
+  $("empty").hidden = interviews.size > 0 || origin === null;
 }
-function state(text, name) { if ($("state").textContent !== text) $("state").textContent = text; $("state").className = name || ""; }
+
+const say = state => { if ($("state").textContent !== state) $("state").textContent = $("state").className = state; };
+
+function listen(message) {
+  heard = Date.now();
+  due ||= setTimeout(render, 60);
+  if (message.type === "log") {
+    ({log, at} = JSON.parse(message.data));
+    if (origin === null) [origin, first] = [log, at];
+  } else {
+    at = message.lastEventId;
+    take(message.data);
+  }
+}
+
 function connect() {
-  const source = new EventSource(base + (log === null ? "" : `?log=${log}&after=${last}`));
-  source.onopen = () => { wait = 1000; state("live", "live"); setTimeout(() => { live = true; }, 500); };
-  source.onmessage = message => { last = +message.lastEventId; take(message.data, false); };
-  source.addEventListener("log", message => place(JSON.parse(message.data)));
-  source.addEventListener("rotated", message => place(JSON.parse(message.data)));
-  source.onerror = () => { source.close(); live = false; state("reconnecting"); setTimeout(connect, wait); wait = Math.min(wait * 2, 15000); };
+  heard = Date.now();
+  source = new EventSource(`${location.origin}${location.pathname}events?log=${log}&after=${at}`);
+  source.onopen = () => { wait = 2000; say("live"); };
+  source.onmessage = listen;
+  source.addEventListener("log", listen);
+  source.onerror = reconnect;
 }
-let origin = null;
-function place(now) {
-  if (origin === null) { origin = now.log; first = now.start; }
-  log = now.log; last = now.start;
-  if (!due) due = setTimeout(render, 60);
+
+function reconnect() {  // by a new source: the browser's own would not know the file, and stops at a 503
+  source.close();
+  say("reconnecting");
+  clearTimeout(retry);
+  retry = setTimeout(connect, wait);
+  wait = Math.min(2 * wait, 30000);  // seldom enough that a page with an old password does not use up its address's attempts
 }
-$("earlier").onclick = async () => {
-  $("earlier").disabled = true;
-  try {
-    const answer = await fetch(`${base}?before=${first}&log=${origin}`);
-    if (answer.ok) {
-      first = +answer.headers.get("Log-Offset");
-      for (const line of (await answer.text()).split("\\n")) take(line, true);
-    } else if (answer.status === 404) first = 0;
-  } catch { state("reconnecting"); }
-  $("earlier").disabled = false; render();
+
+$("earlier").onclick = () => {
+  source.close();
+  [log, first] = [origin, Math.max(0, first - reach)];
+  [at, reach] = [first, reach * 2];
+  connect();
 };
-$("more").onclick = () => { limit += 200; render(); };
 $("filter").oninput = render;
-onhashchange = () => { try { $("filter").value = decodeURIComponent(location.hash.slice(1)); } catch { $("filter").value = ""; } render(); };
-$("url").textContent = base.replace(/events$/, ""); onhashchange(); connect();
+$("origin").textContent = location.origin;
+onhashchange = () => { $("filter").value = decodeURIComponent(location.hash.slice(1)); render(); };
+setInterval(() => { if (Date.now() - heard > 40000) reconnect(); }, 5000);  // no heartbeat: it slept, or the network has gone
+connect();
+onhashchange();
 </script>
 </html>
-""".replace("/*STAGES*/", json.dumps(STAGES))  # noqa: E501  # HTML
-PAGE = _PAGE.encode()
+""".replace("{STAGES}", json.dumps(STAGES))
 
 
 def _hash_of(tag: str) -> str:
-    text = _PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+    text = PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
@@ -2076,191 +2039,128 @@ class Sender:
 
 # --- The timeline: the log in, each interview's course out ---
 
-_UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+TICKS = 10**7  # a second, as the service counts
 _COLOURS = {"Failed": "31", "Canceled": "90", "Archived": "90", "Completed": "32"}  # SGR, by how a stage's name ends
+# A million lines take JSON twelve seconds. One just like the documented event's is taken apart by a match, the rest by
+# JSON. @ is a string that is wanted, ~ another, both without escapes, # a time, and a space stands for any number of them.
+_PLAIN_LINE = re.compile((
+    r'\{"specversion":"1\.0","id":@,"source":~,"type":~,"subject":@,"time":#,"recordedtime":#,"datacontenttype":~,"data":'
+    r'\{ "previousStage": \{ "value": @ , "metadata": ~ \} , "currentStage": \{ "value": @ , "metadata": ~ \} , "event": ~ , '
+    r'"timestamp": ~ , "interviewCode": ~ \}\}').replace(" ", " *").replace("~", '"[^"\\\\\0-\x1f]*"').replace("@", '"([^"\\\\\0-\x1f]*)"')
+    .replace("#", r'"([0-9-]{10}T[0-9:]{5}):([0-5][0-9]\.[0-9]{6,7})Z"'))
+Stages = tuple[Optional[str], Optional[str]]  # previous and current
 
 
-def _duration(seconds: float) -> str:
-    """Return a length of time by its two largest units."""
-    for (unit, name), (smaller, its_name) in zip(_UNITS, _UNITS[1:]):
-        if seconds >= unit:
-            rest = int(seconds % unit // smaller)
-            return f"{int(seconds // unit)} {name}" + (f" {rest} {its_name}" if rest else "")
-    return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
+def _ticks(minute: str, seconds: str) -> int:
+    return _minute(minute) * 60 * TICKS + int(seconds.replace(".", "").ljust(9, "0"))
 
 
-@lru_cache(maxsize=4096)  # zones change on a quarter of an hour
-def _local_quarter(quarter: int) -> tuple[str, int]:
-    local = time.localtime(quarter * 900)
-    return time.strftime("%Y-%m-%d %H:", local), local.tm_min
-
-
-def _local(seconds: int) -> str:
-    hour, minute = _local_quarter(seconds // 900)
-    return f"{hour}{minute + seconds % 900 // 60:02d}:{seconds % 60:02d}"
-
-
-# A line just like the documented event's is taken apart by one match, four times as fast as JSON: every string in it
-# is plain ASCII without escapes and all members are spelt out, so there is only one reading. The rest is decoded.
-_PLAIN = r'"([ !#-\[\]-~]*)"'
-_WHEN = r'"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}):([0-5][0-9])\.([0-9]{1,9})Z"'
-_STAGE = r' *\{ *"value": *"([ !#-\[\]-~]*)" *'
-_STAGE += r'(?:, *"metadata": *"[ !#-\[\]-~]*" *)?\} *, *'
-_PLAIN_LINE = re.compile(
-    r'\{"specversion":"1.0","id":"([0-9a-f]{15})[0-9a-f]{49}","source":"https://interviews.skype.com","type":"[A-Za-z0-9_.-]*","subject":'
-    + _PLAIN + f',"time":{_WHEN},"recordedtime":{_WHEN},"datacontenttype":"application/json","data":' r'\{ *"previousStage":' + _STAGE
-    + '"currentStage":' + _STAGE + r'"event": *"State" *, *"timestamp": *"[0-9T:.Z-]*" *, *"interviewCode": *"[ !#-\[\]-~]*" *\}\}')
-
-
-Stages = tuple[Optional[str], Optional[str]]  # previousStage, currentStage
-Arrival = tuple[str, int, int, int, int, Stages]
-
-
-def parse_line(text: str) -> Arrival:
-    """Return interview, time (seconds since 1970, nanoseconds), recordedtime (microseconds), 60 bits of the id, and the
-    stages of one line; raise ValueError, or what JSON of another shape leads to."""
-    match = _PLAIN_LINE.fullmatch(text)
-    if match:
-        digest, code, minute, second, digits, its_minute, its_second, micros, previous, current = match.groups()
-        return (code or "-", _minute(minute) * 60 + int(second), int(digits.ljust(9, "0")),
-                (_minute(its_minute) * 60 + int(its_second)) * 10**6 + int(micros.ljust(6, "0")[:6]), int(digest, 16), (previous, current))
-    event = json.loads(text, parse_int=float)
-    body = event["data"] if "data" in event else json.loads(base64.b64decode(event["data_base64"]), parse_int=float)
-    recorded = parse_time(event["recordedtime"])
-    seconds, nanos = divmod(parse_time(event["time"]) if "time" in event else recorded, 10**9)
-    return (str(event.get("subject") or "-"), seconds, nanos, recorded // 1000, int(event["id"][:15], 16),
-            (_stage_of(body, "previousStage"), _stage_of(body, "currentStage")))
-
-
-def _stage_of(body: dict[str, Any], name: str) -> str | None:
-    stage = body.get(name)
-    value = stage.get("value") if isinstance(stage, dict) else None
-    return value if isinstance(value, str) else None
-
-
-def _utc(seconds: int, nanos: int) -> str:
-    cycles, seconds = divmod(seconds, 146_097 * 86400)  # of 400 years: an offset leads out of the years that datetime has
-    when = _EPOCH + timedelta(seconds=seconds)
-    return f"{when.year + 400 * cycles:04d}{when.isoformat()[4:]}{f'.{nanos:09d}'.rstrip('0').rstrip('.')}Z"
+def parse_line(text: str) -> tuple[str, str, int, int, Stages]:
+    """Return id, interview, time and recordedtime (in ticks since 1970), and stages of one line; raise ValueError, or what
+    JSON of another shape leads to."""
+    if match := _PLAIN_LINE.fullmatch(text):
+        event_id, code, minute, seconds, its_minute, its_seconds, previous, stage = match.groups()
+        return event_id, code, _ticks(minute, seconds), _ticks(its_minute, its_seconds), (previous, stage)
+    event = _BODY.decode(text)
+    body = event["data"] if "data" in event else _BODY.decode(base64.b64decode(event["data_base64"]).decode())
+    recorded = event["recordedtime"]
+    return (event["id"], event.get("subject", "-"), parse_time(event.get("time", recorded)) // 100, parse_time(recorded) // 100,
+            (_stage(body, "previousStage", []), _stage(body, "currentStage", [])))
 
 
 class Step(NamedTuple):
-    """One event in an interview's course: its time, its stage, and whether it is as expected."""
+    """One event in an interview's course."""
 
-    seconds: int
-    nanos: int
-    previous: str | None
+    time: int               # in ticks since 1970
     stage: str | None
-    gap: bool   # its previousStage is not the stage before it
-    late: bool  # it arrived after an event of a later time
+    previous: str | None
+    seconds: float | None   # until the next one
+    gap: bool               # its previousStage is not the stage before it
+    late: bool              # it arrived after an event of a later time
 
 
 class Course:
-    """The events of all interviews: five numbers each, in one array an interview, so that a million take 50 MB."""
+    """The events of all interviews: four numbers each, in one array an interview, so that a million take 40 MB."""
 
     def __init__(self) -> None:
         self.events: dict[str, array[int]] = {}
-        self.index: dict[Stages, int] = {}
-        self.stages: list[Stages] = []
+        self.stages: list[Stages] = []  # each pair once
+        self.numbers: dict[Stages, int] = {}  # its place there
         self.blank = self.foreign = 0
 
     def add(self, line: bytes, only: str | None) -> str | None:
         """Add one line of a log; return the interview's code, or None if it was skipped."""
         try:
-            code, seconds, nanos, recorded, number, stages = parse_line(line.decode("utf-8"))
+            event_id, code, when, recorded, stages = parse_line(line.decode())
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            if line.strip():
-                self.foreign += 1
-            else:
-                self.blank += 1
+            self.foreign += bool(line.strip())
+            self.blank += not line.strip()
             return None
-        if only is not None and code != only:
+        if only is not None and only != code:
             return None
-        index = self.index.get(stages)
-        if index is None:
-            index = self.index[stages] = len(self.stages)
+        number = self.numbers.setdefault(stages, len(self.stages))
+        if number == len(self.stages):
             self.stages.append(stages)
-        events = self.events.get(code)
-        if events is None:
-            events = self.events[code] = array("q")
-        events.extend((seconds, nanos, recorded, number, index))
+        if code not in self.events:
+            self.events[code] = array("q")
+        self.events[code].extend((when, recorded, hash(event_id), number))
         return code
 
     def steps(self, code: str) -> list[Step]:
         """Return an interview's course, each event once, in the order of its own time."""
-        rows = sorted(zip(*[iter(self.events[code])] * 5), reverse=True)
-        once = sorted({row[3]: row for row in rows}.values())  # of an event in several logs, its first arrival
-        first_arrival, late = math.inf, []  # type: float, list[bool]
-        for row in reversed(once):
-            late.append(row[2] > first_arrival)
-            first_arrival = min(first_arrival, row[2])
+        rows: dict[int, tuple[int, ...]] = {}
+        for row in sorted(zip(*[iter(self.events[code])] * 4)):
+            rows.setdefault(row[2], row)  # of an event in several logs, its first arrival
+        soonest = list(itertools.accumulate((row[1] for row in reversed(rows.values())), min))
+        nexts = [*(row[0] for row in rows.values()), None][1:]
         steps, before = [], None  # type: list[Step], str | None
-        for row in once:
-            previous, stage = self.stages[row[4]]
-            steps.append(Step(row[0], row[1], previous, stage, before is not None and stage is not None and previous != before, late.pop()))
+        for (when, recorded, _, number), after in zip(rows.values(), nexts):
+            previous, stage = self.stages[number]
+            seconds = None if after is None else (after - when) / TICKS
+            steps.append(Step(when, stage, previous, seconds, None not in (before, stage) and previous != before, recorded > soonest.pop()))
             before = stage or before
         return steps
 
-    def last(self, code: str) -> tuple[int, int]:
-        events = self.events[code]
-        return max(zip(events[0::5], events[1::5]))
+
+def _clock(ticks: int, zone: timezone | None) -> str:
+    """Return a time in a zone (None: the reader's), to the second."""
+    try:
+        return datetime.fromtimestamp(ticks // TICKS, zone).isoformat(" ")[:19]
+    except (ValueError, OverflowError, OSError):  # the platform's calendar does not hold it
+        return "-" * 19
+
+
+def _duration(seconds: float) -> str:
+    """Return a length of time by its two largest units."""
+    units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+    for (size, unit), (smaller, its_unit) in zip(units, units[1:]):
+        if seconds >= size:
+            rest = int(seconds % size // smaller)
+            return f"{int(seconds // size)} {unit}" + (f" {rest} {its_unit}" if rest else "")
+    return f"{int(seconds)} s" if seconds >= 1 else "under 1 s"
 
 
 def as_json(code: str, steps: Sequence[Step]) -> str:
-    """Return an interview as one JSON object: its stage, and its events in their own order."""
-    events: list[dict[str, Any]] = []
-    for step, after in zip(steps, [*steps[1:], None]):
-        events.append({"time": _utc(step.seconds, step.nanos), "stage": step.stage, "previous": step.previous})
-        if after:
-            events[-1]["seconds"] = round(after.seconds - step.seconds + (after.nanos - step.nanos) / 1e9, 3)
-        events[-1].update({name: True for name in ("gap", "late") if getattr(step, name)})
-    stage = next((step.stage for step in reversed(steps) if step.stage), None)
-    return json.dumps({"interview": code, "stage": stage, "events": events}, separators=(",", ":"))
-
-
-@lru_cache(maxsize=256)
-def _label(stage: str | None) -> tuple[str, str]:
-    """Return how a stage is printed, and its colour (an SGR parameter)."""
-    ending = re.search("[A-Z][a-z]+$", stage) if stage in STAGES and stage else None
-    return f"{printable(stage or '-'):<19}", _COLOURS.get(ending[0] if ending else "", "36")
+    """Return an interview as one JSON object: its present stage, and its events in their own order."""
+    events = []
+    for step in steps:
+        members = {**step._asdict(), "time": f"{_clock(step.time, timezone.utc).replace(' ', 'T')}.{step.time % TICKS:07d}Z"}
+        events.append({name: value for name, value in members.items() if value is not None and value is not False})
+    return json.dumps({"interview": code, "stage": next((step.stage for step in reversed(steps) if step.stage), None), "events": events})
 
 
 def as_text(code: str, steps: Sequence[Step], width: int | None, colours: bool) -> Iterator[str]:
     """Yield the lines of an interview; `width` in columns cuts them, None does not."""
     yield printable(code)[:width]
-    for step, after in zip(steps, [*steps[1:], None]):
-        stage, colour = _label(step.stage)
-        line = f"  {_local(step.seconds)}  {stage}  {f'for {_duration(after.seconds - step.seconds)}' if after else 'now'}"
-        if step.gap or step.late:
-            colour = "33"
-            line += f"  gap: came from {printable(step.previous or 'no stage')}" if step.gap else ""
-            line += "  late: arrived after a later one" if step.late else ""
-        yield f"\x1b[{colour}m{line[:width]}\x1b[0m" if colours else line[:width]
-
-
-def timeline(options: argparse.Namespace) -> int:
-    """Print each interview's course, the one that changed last at the end; with --follow, go on as events come."""
-    paths = options.files or [load_settings(options).log]
-    for path in paths if not options.follow else []:
-        if not os.path.isfile(path):
-            raise SettingsError(f"{path}: there is no such log; name one, or set SKYPE_LOG")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    course, tails = Course(), [Tail(path) for path in paths]
-    for path, tail in zip(paths, tails):
-        if tail.file is None and not options.follow:
-            raise SettingsError(f"{path}: it cannot be read")
-    try:
-        show_changes(course, tails, options)
-        skipped = f"skipped {course.blank} blank and {course.foreign} foreign lines" if course.blank or course.foreign else ""
-        if skipped:
-            print(skipped, file=sys.stderr)
-        while options.follow:
-            time.sleep(0.5)
-            show_changes(course, tails, options)
-    except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    for step in steps:
+        stage = printable(step.stage or "-")
+        line = (f"  {_clock(step.time, None)}  {stage:<19}  {'now' if step.seconds is None else f'for {_duration(step.seconds)}'}"
+                + (f"  gap: came from {printable(step.previous or 'no stage')}" if step.gap else "")
+                + ("  late: arrived after a later one" if step.late else ""))[:width]
+        if colours:
+            colour = "33" if step.gap or step.late else next((_COLOURS[end] for end in _COLOURS if stage.endswith(end)), "36")
+            line = f"\x1b[{colour}m{line}\x1b[0m"
+        yield line
 
 
 def show_changes(course: Course, tails: Sequence[Tail], options: argparse.Namespace) -> None:
@@ -2268,15 +2168,34 @@ def show_changes(course: Course, tails: Sequence[Tail], options: argparse.Namesp
     terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if terminal else None
     colours = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    changed = {code for tail in tails for data in tail.poll() for line in data.split(b"\n")[:-1]
-               if (code := course.add(line, options.interview))}
-    for code in sorted(changed, key=course.last):
+    lines = (line for tail in tails for part in tail.poll() for line in part.split(b"\n")[:-1])
+    rests = (rest for tail in tails if not options.follow and (rest := tail.read(partly=True)))
+    changed = {code for line in itertools.chain(lines, rests) if (code := course.add(line, options.interview)) is not None}
+    for code in sorted(changed, key=lambda code: max(course.events[code][0::4])):
         steps = course.steps(code)
-        if options.json:
-            print(as_json(code, steps))
-        else:
-            print("\n".join(as_text(code, steps, width, colours)) + "\n")
+        print(as_json(code, steps) if options.json else "\n".join([*as_text(code, steps, width, colours), ""]))
     sys.stdout.flush()
+
+
+def timeline(options: argparse.Namespace) -> int:
+    """Print each interview's course, the one that changed last at the end; with --follow, go on as events come."""
+    course, tails = Course(), [Tail(path) for path in options.files or [load_settings(options).log]]
+    for tail in tails:
+        if tail.file is None and not options.follow:
+            raise SettingsError(f"{tail.path}: there is no log that can be read; name one, or set SKYPE_LOG")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        show_changes(course, tails, options)
+        while options.follow:
+            time.sleep(0.5)
+            show_changes(course, tails, options)
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finally:
+        if course.blank or course.foreign:
+            print(f"skipped {course.blank} blank and {course.foreign} foreign lines", file=sys.stderr)
+    return 0
 
 
 # --- Settings and the command line ---
