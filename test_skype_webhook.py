@@ -1768,7 +1768,7 @@ class Stream(Peer):
             name, _, value = line.rstrip("\n").partition(": ")
             if name:
                 found[name] = value
-        return int(found["id"]), found.get("event", "message"), json.loads(found["data"])
+        return int(found.get("id", -1)), found.get("event", "message"), json.loads(found["data"])
 
 
 def test_without_a_password_there_is_no_live_view(serve):
@@ -1789,7 +1789,7 @@ def test_the_page_needs_the_password_and_has_a_strict_policy(serve):
     script = page.partition(b"<script>")[2].partition(b"</script>")[0]
     assert base64.b64encode(hashlib.sha256(script).digest()).decode() in policy
     assert (fields["cache-control"], fields["referrer-policy"], fields["x-content-type-options"]) == ("no-store", "no-referrer", "nosniff")
-    for _ in range(10):
+    for _ in range(30):
         assert get(server, "/", basic("w\u2603rong"))[0] == 401
     status, fields, _ = get(server, "/", basic())
     assert status == 429 and 0 < int(fields["retry-after"]) <= 60
@@ -1800,48 +1800,64 @@ def test_the_stream_misses_and_repeats_nothing_over_reconnection_and_rotation(se
     server = serve(SKYPE_VIEW_PASSWORD=PASSWORD)
     bodies = [event() for _ in range(6)]
     ids = [hashlib.sha256(body).hexdigest() for body in bodies]
-    with Stream(server.port) as stream:
-        assert stream.next()[:2] == (0, "log")
+
+    def place():
+        _, name, told = stream.next()
+        assert name == "log"
+        return told["log"], told["at"]
+
+    with Stream(server.port, "/events?log=") as stream:
+        assert place() == ("", 0)
         server.deliver(bodies[0])
         first = stream.next()
         assert (first[0], first[2]["id"]) == (server.log.stat().st_size, ids[0])
+        known = place()
         server.deliver(bodies[1])
-        assert stream.next()[2]["id"] == ids[1]
-        old = server.log.stat().st_ino
+        assert stream.next()[2]["id"] == ids[1] and place()[0] == known[0]
         server.log.rename(server.log.with_name("events.jsonl.1"))
         server.deliver(bodies[2])
-        assert stream.next()[:2] == (0, "rotated")
-        assert stream.next()[2]["id"] == ids[2]
+        assert place() != known and stream.next()[2]["id"] == ids[2] and place()[0] != known[0]
         os.truncate(server.log, 0)
-        assert stream.next()[:2] == (0, "rotated")
         server.deliver(bodies[3])
-        assert stream.next()[2]["id"] == ids[3]
-        server.log.unlink()
+        assert place()[1] == 0 and stream.next()[2]["id"] == ids[3] and place()
+        server.log.rename(server.log.with_name("events.jsonl.2"))
         server.deliver(bodies[4])
-        assert stream.next()[:2] == (0, "rotated")
-        assert stream.next()[2]["id"] == ids[4]
-    with Stream(server.port, f"/events?log={old}&after={first[0]}") as stream:  # asleep while the log was rotated
-        assert [stream.next()[1] for _ in range(3)] == ["log", "message", "rotated"]
-        assert stream.next()[2]["id"] == ids[4]
+        assert place()[1] == 0 and stream.next()[2]["id"] == ids[4]
+    with Stream(server.port, f"/events?log={known[0]}&after={first[0]}") as stream:  # asleep while the log was rotated, and emptied, and rotated
+        assert [told["id"] for _, name, told in (stream.next() for _ in range(9)) if name == "message"] == [ids[1], ids[3], ids[4]]
+    server.log.unlink()
     server.deliver(bodies[5])
-    end = server.log.stat().st_size
-    for last, expected in ((end // 2, ids[5]), (0, ids[4]), (end + 1, ids[4]), ("-1", ids[4]), ("\u00b2", ids[4])):
-        with Stream(server.port, "/events", f"Last-Event-ID: {last}") as stream:
-            stream.next()
-            assert stream.next()[2]["id"] == expected, last
+    with Stream(server.port, "/events?log=gone&after=1") as stream:
+        assert stream.next()[1] == "log" and stream.next()[2]["id"] == ids[5]
+        (now, at), another = place(), event()
+    with Stream(server.port, f"/events?log={now}&after={at}") as stream:  # the same file: nothing again
+        server.deliver(another)
+        assert place() == (now, at) and stream.next()[2]["id"] == hashlib.sha256(another).hexdigest()
+
+
+def test_a_plain_reader_of_the_stream_gets_lines_of_the_log_alone(serve):
+    server = serve(SKYPE_VIEW_PASSWORD=PASSWORD)
+    for _ in range(3):
+        server.deliver(event())
+    lines = server.log.read_bytes().splitlines(keepends=True)
+    ends = [sum(map(len, lines[:n + 1])) for n in range(3)]
+    for last, expected in ((None, 0), (0, 0), (ends[0], 1), (ends[1], 2), (ends[1] - 9, 2), (ends[2] + 1, 0), ("-1", 0), ("", 0), ("\u00b2", 0)):
+        with Stream(server.port, "/events", *([] if last is None else [f"Last-Event-ID: {last}"])) as stream:
+            for n in range(expected, 3):
+                assert stream.next() == (ends[n], "message", json.loads(lines[n])), last
 
 
 def test_a_large_log_starts_at_its_end_and_earlier_events_can_be_had(serve, tmp_path):
-    bodies = [event(interviewCode=f"code {n}") for n in range(2000)]
+    bodies = [event(interviewCode=f"code {n}") for n in range(3000)]
     lines = [sw.format_line(sw.parse_event(body), body, time.time()) for body in bodies]
     (tmp_path / "events.jsonl").write_bytes(b"".join(lines) + b"foreign\n" + b" " * 99 + b"\n")
     server = serve(SKYPE_VIEW_PASSWORD=PASSWORD)
-    with Stream(server.port) as stream:
-        start, _, _ = stream.next()
-        data = stream.next()[2]["subject"]
-    status, fields, earlier = get(server, f"/events?before={start}", basic())
-    assert status == 200 and int(fields["log-offset"]) == start - len(earlier)
-    assert json.loads(earlier.splitlines()[-1])["subject"] == f"code {int(data.split()[1]) - 1}"
+    with Stream(server.port, "/events?log=") as stream:
+        (_, _, told), (end, _, line) = stream.next(), stream.next()
+    assert 0 < told["at"] < end and 0 < int(line["subject"].split()[1]) < 2999
+    with Stream(server.port, f"/events?log={told['log']}&after={told['at'] - 5000}") as stream:
+        stream.next()
+        assert 1 <= int(line["subject"].split()[1]) - int(stream.next()[2]["subject"].split()[1]) <= 9
 
 
 def test_sixteen_viewers_take_no_sender_s_place_and_do_not_delay_the_end(serve):
@@ -1940,6 +1956,11 @@ def test_a_delivery_shows_up_in_the_browser_and_hostile_text_stays_text(serve, b
     browser.wait_for("document.querySelector('#rows').textContent.includes('after the rotation')")
     assert browser.run("document.activeElement.textContent") == held
     assert browser.run("document.querySelectorAll('#rows tr').length") == 3
+    server.deliver(event(interviewCode="after the rotation", previousStage={"value": "InterviewStarted"}, timestamp="2018-02-26T18:50:18Z"))
+    browser.wait_for("document.querySelector('.gap')?.textContent.startsWith('gap: came from InterviewStarted')")
+    assert "1 h" in browser.run("document.querySelector('#rows ol').textContent")
+    browser.run("location.hash = 'rotation'")
+    browser.wait_for("document.querySelectorAll('#rows tr').length == 1")
     urls = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
     assert urls and all(url.split("@")[-1].removeprefix("https://").startswith((f"localhost:{server.port}/", "data:")) for url in urls), urls
     noise = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
@@ -2019,7 +2040,7 @@ def test_a_timeline_is_in_the_events_order_with_gaps_and_late_arrivals(tmp_path)
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     lines = stage_lines("code\u202e", *COURSE)
     one.write_bytes(b"".join(lines[:3]) + b"   \nforeign\n{}\n")
-    two.write_bytes(b"".join(lines[2:]))
+    two.write_bytes(b"".join(lines[2:]).rstrip(b"\n"))
     done = run_timeline(one, two)
     assert done.returncode == 0 and "skipped 1 blank and 2 foreign lines" in done.stderr
     assert [line.split()[2] for line in done.stdout.splitlines()[1:] if line] == [
@@ -2030,6 +2051,7 @@ def test_a_timeline_is_in_the_events_order_with_gaps_and_late_arrivals(tmp_path)
     assert "2026-11-24 10:00:00" in done.stdout and "for 1 min" in done.stdout and "for 57 min 40 s" in done.stdout
     (line,) = run_timeline("--json", "--interview", "code\u202e", one, two).stdout.splitlines()
     interview = json.loads(line)
+    assert line.count('"gap": true') == 1 and "false" not in line and interview["events"][0]["seconds"] == 60
     assert interview["stage"] == "FeedbackCollecting" and [e.get("gap", False) for e in interview["events"]] == [False, False, False, True]
     assert run_timeline("--json", "--interview", "other", one).stdout == ""
     assert run_timeline(tmp_path / "none").returncode == 2
