@@ -2122,12 +2122,12 @@ class Course:
         return steps
 
 
-def _clock(ticks: int, zone: timezone | None) -> str:
-    """Return a time in a zone (None: the reader's), to the second."""
+def _clock(ticks: int, zone: timezone | None) -> str | None:
+    """Return a time in a zone (None: the reader's), to the second; None where the platform's calendar does not hold it."""
     try:
-        return datetime.fromtimestamp(ticks // TICKS, zone).isoformat(" ")[:19]
-    except (ValueError, OverflowError, OSError):  # the platform's calendar does not hold it
-        return "-" * 19
+        return datetime.fromtimestamp(ticks // TICKS, zone).isoformat()[:19]
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 def _duration(seconds: float) -> str:
@@ -2144,7 +2144,8 @@ def as_json(code: str, steps: Sequence[Step]) -> str:
     """Return an interview as one JSON object: its present stage, and its events in their own order."""
     events = []
     for step in steps:
-        members = {**step._asdict(), "time": f"{_clock(step.time, timezone.utc).replace(' ', 'T')}.{step.time % TICKS:07d}Z"}
+        second = _clock(step.time, timezone.utc)
+        members = {**step._asdict(), "time": second and f"{second}.{step.time % TICKS:07d}Z"}
         events.append({name: value for name, value in members.items() if value is not None and value is not False})
     return json.dumps({"interview": code, "stage": next((step.stage for step in reversed(steps) if step.stage), None), "events": events})
 
@@ -2153,8 +2154,8 @@ def as_text(code: str, steps: Sequence[Step], width: int | None, colours: bool) 
     """Yield the lines of an interview; `width` in columns cuts them, None does not."""
     yield printable(code)[:width]
     for step in steps:
-        stage = printable(step.stage or "-")
-        line = (f"  {_clock(step.time, None)}  {stage:<19}  {'now' if step.seconds is None else f'for {_duration(step.seconds)}'}"
+        stage, when = printable(step.stage or "-"), (_clock(step.time, None) or "-").replace("T", " ")
+        line = (f"  {when:<19}  {stage:<19}  {'now' if step.seconds is None else f'for {_duration(step.seconds)}'}"
                 + (f"  gap: came from {printable(step.previous or 'no stage')}" if step.gap else "")
                 + ("  late: arrived after a later one" if step.late else ""))[:width]
         if colours:

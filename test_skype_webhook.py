@@ -1729,7 +1729,7 @@ def test_no_secret_token_or_unchecked_text_is_shown_anywhere(serve):
         with Peer(server.port) as peer:
             peer.send(request)
             status, fields, content = peer.answer()
-            shown += repr((status, fields)).encode() + content.replace(sw.PAGE, b"")
+            shown += repr((status, fields)).encode() + content.replace(sw.PAGE.encode(), b"")
     shown += pathlib.Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
     assert server.stop() == 0
     told = server.errors.read_bytes()  # one line a request, but for the page; listening, stopping, stopped
@@ -2057,13 +2057,13 @@ def test_a_timeline_is_in_the_events_order_with_gaps_and_late_arrivals(tmp_path)
     assert run_timeline(tmp_path / "none").returncode == 2
 
 
-def test_a_timeline_has_times_that_their_offset_leads_out_of_the_calendar(tmp_path):
-    instants = {"0001-01-01T00:00:00+01:00": "0000-12-31T23:00:00Z", "9999-12-31T23:59:59.5-00:01": "10000-01-01T00:00:59.5Z",
-                "2000-03-01T00:30:00+01:00": "2000-02-29T23:30:00Z", "1969-12-31T23:59:59Z": "1969-12-31T23:59:59Z"}
+def test_a_timeline_leaves_out_times_that_their_offset_leads_out_of_the_calendar(tmp_path):
+    instants = {"0001-01-01T00:00:00+01:00": None, "9999-12-31T23:59:59.5-00:01": None,
+                "2000-03-01T00:30:00+01:00": "2000-02-29T23:30:00.0000000Z", "1969-12-31T23:59:59Z": "1969-12-31T23:59:59.0000000Z"}
     bodies = [event(timestamp=sent) for sent in instants]
     (tmp_path / "log").write_bytes(b"".join(sw.format_line(sw.parse_event(body), body, 0) for body in bodies))
     interviews = [json.loads(line) for line in run_timeline("--json", tmp_path / "log").stdout.splitlines()]
-    assert {interview["events"][0]["time"] for interview in interviews} == set(instants.values())
+    assert len(interviews) == 4 and {interview["events"][0].get("time") for interview in interviews} == set(instants.values())
     assert run_timeline(tmp_path / "log").stdout.count("SchedulingTime") == 4
 
 
