@@ -1223,12 +1223,13 @@ class Certificate:
         self.context = load_context(cert, key)
         self.next_look = 0.0
 
-    def stamps(self) -> list[tuple[int, int, int]]:
-        stamps = []
+    def stamps(self) -> list[tuple[int, ...]]:
+        """What changes with the files. The time of status change too: rsync and tar keep the other, and chmod changes no other."""
+        stamps: list[tuple[int, ...]] = []
         for path in (self.cert, self.key):
             with contextlib.suppress(OSError):
                 status = os.stat(path)  # through symlinks, as certbot lays them
-                stamps.append((status.st_ino, status.st_mtime_ns, status.st_size))
+                stamps.append((status.st_ino, status.st_ctime_ns, status.st_mtime_ns, status.st_size))
         return stamps
 
     def follow(self) -> None:
