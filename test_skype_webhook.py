@@ -1584,25 +1584,64 @@ def test_a_storm_of_signals_loses_none_and_does_not_change_the_exit_code(serve):
     assert "read again" in server.stderr() and "stopped:" in server.stderr()
 
 
-def test_a_changed_certificate_is_served_and_a_bad_one_is_not(serve, certificate, tmp_path):
-    cert, key = tmp_path / "c.pem", tmp_path / "k.pem"
-    for source, copy in zip(certificate, (cert, key)):
-        copy.write_bytes(pathlib.Path(source).read_bytes())
-    server = serve("--cert", str(cert), "--key", str(key))
+def pem_pairs(folder, count):
+    """Return the bytes of `count` pairs of certificate and key, all of one size."""
+    pairs = []
+    for number in range(count):
+        (folder / f"pair{number}").mkdir()
+        pairs.append([pathlib.Path(path).read_bytes().ljust(1000, b"\n") for path in sw.make_certificate(str(folder / f"pair{number}"))])
+    return pairs
 
-    def served():
-        with Peer(server.port) as peer:
-            return peer.socket.getpeercert(binary_form=True)
 
-    first = served()
-    (tmp_path / "new").mkdir()
-    new = [pathlib.Path(path) for path in sw.make_certificate(str(tmp_path / "new"))]
-    new[0].replace(cert)
+def served_certificate(server):
+    with Peer(server.port) as peer:
+        return peer.socket.getpeercert(binary_form=True)
+
+
+def swap_links(live, archive, number, cert, key):
+    """certbot: new files in the archive, then the links to them are replaced, one after the other."""
+    for name, data in (("c.pem", cert), ("k.pem", key)):
+        (archive / f"{number}.{name}").write_bytes(data)
+        (live / "new").symlink_to(os.path.relpath(archive / f"{number}.{name}", live))
+        (live / "new").replace(live / name)
+
+
+def write_in_place(live, _archive, _number, cert, key):
+    """acme.sh: `cat > file`, the key first; and the times of the files as before (tar, rsync), the sizes being equal."""
+    for name, data in (("k.pem", key), ("c.pem", cert)):
+        before = (live / name).stat()
+        (live / name).write_bytes(data)
+        os.utime(live / name, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("renew", [swap_links, write_in_place])
+def test_a_renewed_certificate_is_served_to_new_connections_within_seconds(serve, tmp_path, renew):
+    live, archive = tmp_path / "live", tmp_path / "archive"
+    live.mkdir()
+    archive.mkdir()
+    old, new = pem_pairs(tmp_path, 2)
+    swap_links(live, archive, 1, *old)
+    server = serve("--cert", str(live / "c.pem"), "--key", str(live / "k.pem"))
+    first = served_certificate(server)
+    with Peer(server.port) as kept:
+        renew(live, archive, 2, *new)
+        server.wait_for("the new certificate", 5)
+        kept.send(post(event()))
+        assert served_certificate(server) != first and kept.answer()[0] == server.deliver(event())[0] == 200
+
+
+def test_half_a_renewal_changes_nothing_until_it_is_whole(serve, tmp_path):
+    (cert, key), (new_cert, new_key) = pem_pairs(tmp_path, 2)
+    (tmp_path / "c.pem").write_bytes(cert)
+    (tmp_path / "k.pem").write_bytes(key)
+    server = serve("--cert", str(tmp_path / "c.pem"), "--key", str(tmp_path / "k.pem"))
+    first = served_certificate(server)
+    (tmp_path / "c.pem").write_bytes(new_cert)
     server.wait_for("do not belong together; the old certificate stays")
-    assert served() == first
-    new[1].replace(key)
+    assert served_certificate(server) == first
+    (tmp_path / "k.pem").write_bytes(new_key)
     server.wait_for("the new certificate")
-    assert served() != first and server.deliver(event())[0] == 200
+    assert served_certificate(server) != first and server.deliver(event())[0] == 200
 
 
 def test_a_certificate_that_vanishes_while_it_is_loaded_leaves_the_old_one(serve, certificate, tmp_path):
@@ -2095,7 +2134,8 @@ def test_a_timeline_follows_the_log_over_its_rotation(tmp_path):
 WRONG_STARTS = [
     (["--cert", ""], {}, "--cert"), (["--key", ""], {}, "--key"), (["--cert", "missing.pem"], {}, "missing.pem"),
     (["--cert", "KEY"], {}, "certificate"), (["--key", "CERT"], {}, "private key"), (["--key", "OTHER"], {}, "do not belong together"),
-    (["--key", "LOCKED"], {}, "encrypted"), (["--port", "65536"], {}, "--port"), (["--port", "8_0"], {}, "--port"), (["--port", "\u0663"], {}, "--port"),
+    (["--key", "LOCKED"], {}, "encrypted"), (["--cert", "CUT"], {}, "cut short"), (["--cert", "empty"], {}, "no PEM certificate"),
+    (["--port", "65536"], {}, "--port"), (["--port", "8_0"], {}, "--port"), (["--port", "\u0663"], {}, "--port"),
     (["--leeway", "-1"], {}, "--leeway"), (["--max-body", "0"], {}, "--max-body"), (["--max-connections", "x"], {}, "--max-connections"),
     (["--request-timeout", "0"], {}, "--request-timeout"), (["--path", "hook"], {}, "--path"), (["--path", "/healthz"], {}, "--path"),
     (["--host", "192.0.2.1"], {}, "--host"), (["--host", "no.such.host.invalid"], {}, "no.such.host"), (["--log", "/dev/null"], {}, "regular file"),
@@ -2120,7 +2160,8 @@ def test_a_wrong_start_ends_with_one_line(tmp_path, certificate, flags, environm
     for name in ("bad.env", "nul.env"):
         (tmp_path / name).chmod(0o600)
     (tmp_path / "empty").write_text("\n")
-    names = {"CERT": certificate[0], "KEY": certificate[1], "OTHER": tmp_path / "key.pem", "LOCKED": tmp_path / "locked"}
+    (tmp_path / "cut").write_bytes(pathlib.Path(certificate[0]).read_bytes()[:300])
+    names = {"CUT": tmp_path / "cut", "CERT": certificate[0], "KEY": certificate[1], "OTHER": tmp_path / "key.pem", "LOCKED": tmp_path / "locked"}
     environment = {**BOTH, **environment}
     words = ["--cert", certificate[0], "--key", certificate[1], "--port", "0", *(names.get(flag, flag) for flag in flags)]
     code, out, err = run(*words, cwd=tmp_path, **environment)
