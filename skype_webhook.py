@@ -474,7 +474,14 @@ class _Entry:
             self.settled.release()
 
 
-_sync: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
+def _sync(descriptor: int) -> None:
+    """Make durable what was written. The fsync of macOS ends at the drive's cache, and it has no fdatasync."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+    else:
+        getattr(os, "fdatasync", os.fsync)(descriptor)
+
+
 SEAL_BLOCK = 4096  # bytes; a page is written whole or not at all when the process is killed
 
 
@@ -2371,6 +2378,14 @@ def open_journal(path: str) -> Journal:
     return journal
 
 
+def shortfalls() -> str:
+    """Return what cannot be promised for want of something in this operating system, "" on a POSIX one."""
+    wanted = ((fcntl, "no lock keeps a second receiver off this log: start none"),
+              (hasattr(os, "O_DIRECTORY"), "a power cut can take a log that was just begun with it"),
+              (hasattr(signal, "SIGHUP"), "changed secrets are read at a restart only"))
+    return "; ".join([lack for there, lack in wanted if not there])
+
+
 def run(receiver: Receiver, reload: Callable[[], None]) -> int:
     """Serve until a signal says stop; return the exit code."""
     receiver.on_hangup = reload
@@ -2383,6 +2398,8 @@ def run(receiver: Receiver, reload: Callable[[], None]) -> int:
     scheme, address = "http" if settings.behind_proxy else "https", receiver.listeners[0].getsockname()
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     tell(f"listening on {scheme}://{host}:{address[1]}{settings.path}, log {os.path.abspath(settings.log)}")
+    if lacks := shortfalls():
+        tell(f"warning: on this system {lacks}")
     notify("READY=1")
     receiver.serve_forever()
     notify("STOPPING=1")
