@@ -2191,6 +2191,22 @@ def test_listening_sockets_are_taken_over(tmp_path, certificate, count, word):
         assert process.returncode == (0 if count == "1" else 2)
 
 
+@pytest.mark.parametrize(("changes", "said"), [
+    ("sys.modules['fcntl'] = None; del os.fdatasync, os.O_DIRECTORY, signal.SIGHUP",
+     "warning: on this system no lock keeps .* log that was just begun .* restart only"),  # Windows
+    ("import fcntl; del os.fdatasync; fcntl.F_FULLFSYNC = 51; fcntl.fcntl = lambda fd, what: os.write(2, b'whole sync %d\\n' % what)",
+     "(whole sync 51\n)+.* recorded "),  # macOS
+], ids=["windows", "macos"])
+def test_other_systems_serve_and_say_what_they_lack(serve, tmp_path, changes, said):
+    (tmp_path / "sitecustomize.py").write_text(f"import os, signal, sys; {changes}\n")
+    server = serve(PYTHONPATH=str(tmp_path))
+    assert server.deliver(event())[0] == 200
+    server.log.rename(tmp_path / "rotated")
+    assert server.deliver(event())[0] == 200 and len(server.ids()) == 1
+    server.wait_for(said)
+    assert server.stop() == 0
+
+
 def serve_options(*words):
     return sw._make_parser("serve").parse_args(list(words))
 
