@@ -15,6 +15,7 @@ import os
 import pathlib
 import random
 import re
+import secrets
 import select
 import shutil
 import signal
@@ -207,6 +208,88 @@ def faulty(server, *rules):
             yield
         finally:
             tracer.terminate()
+
+
+def readme(heading, number=0):
+    """Return a block of the README below `heading`: what is printed there is what the tests run."""
+    below = (HERE / "README.md").read_text("utf-8").partition(heading)[2]
+    return re.findall(r"^```\w*\n(.*?)^```$", below, re.MULTILINE | re.DOTALL)[number]
+
+
+def program(name):
+    """Return the path of a program, which Debian may keep out of a user's PATH; skip the test where it is missing."""
+    path = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    return path or pytest.skip(f"{name} is not installed")
+
+
+def free_port():
+    """Return a port for a program that cannot choose one itself, outside the range that connections take theirs from."""
+    while True:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", secrets.choice(range(10_000, 32_000)))) as listener:
+            return listener.getsockname()[1]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Return a function that starts a program; all are ended after the test, and what they said is shown if it failed."""
+    processes = []
+
+    def start(*words, **options):
+        with open(tmp_path / "programs", "ab") as said:
+            processes.append(subprocess.Popen([program(words[0]), *map(str, words[1:])], **{"stdout": said, "stderr": said, **options}))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+    print((tmp_path / "programs").read_text("utf-8", "replace") if processes else "")
+
+
+def gather(count, act):
+    threads = [threading.Thread(target=act, daemon=True) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+@contextlib.contextmanager
+def delivering(port, threads=6, secret=lambda: SECRET, tries=1):
+    """Deliver new events, each over a connection of its own; yield the acknowledged ids, and what else was answered."""
+    acknowledged, refused, over = [], [], threading.Event()
+
+    def deliver(body):
+        try:
+            with Peer(port) as peer:
+                peer.send(post(body, authorization="Bearer " + token(body, secret=secret())))
+                return peer.answer()[0]
+        except OSError as error:
+            return repr(error)
+
+    def send():
+        while not over.wait(0.01):
+            body = event()
+            answers = [status := deliver(body)]
+            while status != 200 and len(answers) < tries:
+                over.wait(0.05)
+                answers.append(status := deliver(body))
+            acknowledged.append(hashlib.sha256(body).hexdigest()) if status == 200 else refused.append(answers)
+
+    senders = gather(threads, send)
+    try:
+        yield acknowledged, refused
+    finally:
+        over.set()
+        for sender in senders:
+            sender.join()
+
+
+def until(seconds, condition):
+    """Wait until `condition` holds; return whether it did in time."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
 
 
 def run(*words, cwd, timeout=20, **environment):
@@ -1208,13 +1291,6 @@ def client_hello():
     return sent.read()
 
 
-def gather(count, act):
-    threads = [threading.Thread(target=act, daemon=True) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    return threads
-
-
 def test_mute_peers_keep_nobody_waiting(serve):
     server = serve()
     hello = b"\x16\x03\x01\x02\x00\x01"
@@ -2176,19 +2252,64 @@ def test_a_second_receiver_on_the_same_log_or_port_is_refused(serve, certificate
     assert code == 2 and "in use" in err and str(server.port) in err
 
 
-@pytest.mark.parametrize(("count", "word"), [("1", "listening on"), ("x", "LISTEN_FDS"), ("2", "LISTEN_FDS")])
+def start_on(listener, folder, certificate, count="1"):
+    """Start a receiver as systemd does with a socket unit: the listener is descriptor 3; return it and its first line."""
+    words = [sys.executable, "-c", "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid());"
+             "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])", str(listener.fileno()), str(HERE / "skype_webhook.py"),
+             "--cert", certificate[0], "--key", certificate[1]]
+    environment = {**os.environ, "SKYPE_API_KEY": KEY, "SKYPE_API_SECRET": SECRET.decode(), "LISTEN_FDS": count}
+    with open(folder / "stderr", "ab") as errors:
+        begin = errors.tell()
+        process = subprocess.Popen(words, cwd=folder, env=environment, stderr=errors, pass_fds=[listener.fileno()])
+    assert until(15, lambda: b"\n" in (folder / "stderr").read_bytes()[begin:])
+    return process, (folder / "stderr").read_text()[begin:].partition("\n")[0]
+
+
+@pytest.mark.parametrize(("count", "word"), [("1", "listening on"), ("x", "LISTEN_FDS"), ("0", "LISTEN_FDS"), ("2", "LISTEN_FDS")])
 def test_listening_sockets_are_taken_over(tmp_path, certificate, count, word):
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        words = [sys.executable, "-c", "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid());"
-                 "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])", str(listener.fileno()), str(HERE / "skype_webhook.py"), "--cert", certificate[0], "--key", certificate[1]]
-        process = subprocess.Popen(words, cwd=tmp_path, env={**os.environ, **BOTH, "LISTEN_FDS": count}, stderr=subprocess.PIPE, text=True,
-                                   pass_fds=[listener.fileno()])
-        first = process.stderr.readline()
+        process, first = start_on(listener, tmp_path, certificate, count)
         assert word in first and (count != "1" or f":{listener.getsockname()[1]}/" in first)
         if count == "1":
             process.terminate()
-        process.communicate(timeout=20)
-        assert process.returncode == (0 if count == "1" else 2)
+        assert process.wait(20) == (0 if count == "1" else 2)
+
+
+def test_restarts_on_a_passed_socket_under_load_refuse_no_connection(tmp_path, certificate):
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
+        process, _ = start_on(listener, tmp_path, certificate)
+        with delivering(listener.getsockname()[1]) as (acknowledged, refused):
+            for _ in range(3):
+                so_far = len(acknowledged)
+                assert until(10, lambda count=so_far: len(acknowledged) > count + 50)
+                process.terminate()
+                assert process.wait(20) == 0
+                process, _ = start_on(listener, tmp_path, certificate)
+        process.terminate()
+        assert process.wait(20) == 0 and refused == []
+    ids = [json.loads(line)["id"] for line in (tmp_path / "events.jsonl").read_bytes().splitlines()]
+    assert sorted(ids) == sorted(acknowledged)
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_systemd_is_told_what_happens(serve, tmp_path, abstract):
+    path = f"\0skype_webhook_test.{uuid.uuid4()}" if abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(path)
+        systemd.settimeout(10)
+        server = serve(NOTIFY_SOCKET=path.replace("\0", "@"))
+        assert systemd.recv(100) == b"READY=1"
+        before = time.monotonic_ns() // 1000
+        server.process.send_signal(signal.SIGHUP)
+        moment = re.fullmatch(rb"RELOADING=1\nMONOTONIC_USEC=(\d+)", systemd.recv(100))[1]
+        assert before <= int(moment) <= time.monotonic_ns() // 1000 and systemd.recv(100) == b"READY=1"
+        assert server.stop() == 0 and systemd.recv(100) == b"STOPPING=1"
+
+
+def test_a_notify_socket_that_is_not_there_costs_a_warning(serve, tmp_path):
+    server = serve(NOTIFY_SOCKET=str(tmp_path / "missing"))
+    server.wait_for("warning: NOTIFY_SOCKET .*missing.*READY=1")
+    assert server.deliver(event())[0] == 200
 
 
 @pytest.mark.parametrize(("changes", "said"), [
@@ -2262,3 +2383,171 @@ def test_every_setting_is_documented_and_the_placeholders_are_refused(tmp_path):
         assert not field.metadata["flag"] or field.metadata["flag"] in out
     code, _, err = run("--env-file", HERE / "example.env", "--behind-proxy", "--port", 0, cwd=tmp_path)
     assert code == 2 and "placeholder" in err
+
+
+# --- Operations: the README's configurations, run ---
+
+
+def test_the_systemd_units_are_sound_and_as_hard_as_said(tmp_path):
+    analyze = program("systemd-analyze")
+    units = [tmp_path / "skype-webhook.socket", tmp_path / "skype-webhook.service"]
+    for number, unit in enumerate(units):
+        unit.write_text(readme("skype-webhook.service", number))
+    done = subprocess.run([analyze, "verify", "--man=no", *units], capture_output=True, text=True, check=False)
+    assert not [line for line in done.stderr.splitlines() if "skype-webhook" in line]
+    done = subprocess.run([analyze, "security", "--offline=true", units[1]], capture_output=True, text=True, check=False)
+    if "--offline" in done.stderr:
+        pytest.skip("this systemd-analyze cannot work offline")
+    said = re.search(r"says ([\d.]+) SAFE", (HERE / "README.md").read_text("utf-8"))[1]
+    assert float(re.search(r"exposure level for .*: ([\d.]+)", done.stdout)[1]) <= float(said) + 0.3  # other releases weigh differently
+
+
+def test_a_changed_secret_refuses_no_event(serve, tmp_path):
+    env, current = tmp_path / "skype.env", [b"first"]
+    env.write_text("SKYPE_API_SECRET=first\n")
+    env.chmod(0o600)
+    server = serve("--env-file", str(env), SKYPE_API_SECRET="")
+    with delivering(server.port, secret=lambda: current[0]) as (acknowledged, refused):
+        for number, (text, then) in enumerate([("SKYPE_API_SECRET=second\nSKYPE_API_SECRET_PREVIOUS=first", "second"),
+                                               ("SKYPE_API_SECRET=second", "second"),
+                                               ("SKYPE_API_SECRET=third\nSKYPE_API_SECRET_PREVIOUS=second", "third")], 1):
+            env.write_text(text)
+            server.process.send_signal(signal.SIGHUP)
+            assert until(10, lambda count=number: server.stderr().count("were read again") == count)
+            current[0], so_far = then.encode(), len(acknowledged)
+            assert until(10, lambda count=so_far: len(acknowledged) > count + 30)
+    assert refused == [] and sorted(server.ids()) == sorted(acknowledged)
+    assert server.deliver(body := event(), authorization="Bearer " + token(body, secret=b"first"))[0] == 401
+
+
+def test_a_log_folder_that_goes_is_503_until_it_is_back(serve, tmp_path):
+    (tmp_path / "logs").mkdir()
+    server = serve("--log", str(tmp_path / "logs" / "events.jsonl"))
+    assert server.deliver(event())[0] == 200
+    (tmp_path / "logs").rename(tmp_path / "gone")
+    body = event()
+    assert server.deliver(body)[0] == get(server, "/healthz")[0] == 503
+    (tmp_path / "logs").mkdir()
+    assert get(server, "/healthz")[0] == server.deliver(body)[0] == 200
+    assert [len((tmp_path / folder / "events.jsonl").read_text().split()) > 0 for folder in ("gone", "logs")] == [True, True]
+
+
+def ids_in(*paths):
+    return [json.loads(line)["id"] for path in paths for line in path.read_bytes().splitlines() if line.strip()]
+
+
+def test_logrotate_under_load_loses_nothing_and_tail_sees_every_line(serve, start, tmp_path):
+    server = serve()
+    logrotate, rules = program("logrotate"), tmp_path / "rules"
+    rules.write_text(readme("logrotate.d").replace("/var/lib/skype-webhook/events.jsonl", str(server.log))
+                     .replace("weekly", "hourly").replace("dateext", "nodateext"))  # so that two can be made in a second
+    with open(tmp_path / "seen", "wb") as seen:
+        start("tail", "-n", "+1", "-F", server.log, stdout=seen, stderr=subprocess.DEVNULL)
+    with delivering(server.port) as (acknowledged, refused):
+        for _ in range(4):
+            so_far = len(acknowledged)
+            assert until(10, lambda count=so_far: len(acknowledged) > count + 30)
+            subprocess.run([logrotate, "-f", "-s", tmp_path / "state", rules], check=True)
+    for packed in tmp_path.glob("events.jsonl.*.gz"):
+        subprocess.run(["gunzip", packed], check=True)
+    files = sorted(tmp_path.glob("events.jsonl*"))
+    assert len(files) == 5 and {path.stat().st_mode & 0o777 for path in files} == {0o600}
+    assert refused == [] and sorted(ids_in(*files)) == sorted(acknowledged)
+    assert until(10, lambda: len((tmp_path / "seen").read_bytes().splitlines()) == len(acknowledged))
+    assert sorted(ids_in(tmp_path / "seen")) == sorted(acknowledged)
+
+
+def nginx(start, folder, certificate, port, receivers):
+    proxied = (readme("<b>nginx</b>").replace("127.0.0.1:8443", f"127.0.0.1:{receivers[0]}").replace("listen 443", f"listen 127.0.0.1:{port}")
+               .replace("/etc/letsencrypt/live/your.host/fullchain.pem", certificate[0])
+               .replace("/etc/letsencrypt/live/your.host/privkey.pem", certificate[1]))
+    temporary = "".join(f"{name}_temp_path {folder};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    (folder / "nginx.conf").write_text(f"pid {folder}/pid; error_log stderr; daemon off; master_process off; events {{}}\n"
+                                       f"http {{ access_log off; {temporary}\n{proxied}}}\n")
+    start("nginx", "-c", folder / "nginx.conf")
+
+
+def haproxy(start, folder, certificate, ports, receivers):
+    (folder / "both.pem").write_bytes(b"".join(pathlib.Path(path).read_bytes() for path in certificate))
+    text = readme("<b>HAProxy</b>").replace("/etc/haproxy/your.host.pem", str(folder / "both.pem"))
+    for old, new in zip(("bind :443", "bind :444", "127.0.0.1:8443", "192.0.2.1:8443", "192.0.2.2:8443"),
+                        (*(f"bind 127.0.0.1:{port}" for port in ports), *(f"127.0.0.1:{port}" for port in receivers))):
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "haproxy.cfg").write_text(text)
+    start("haproxy", "-f", folder / "haproxy.cfg")
+
+
+@pytest.mark.parametrize("proxy", ["nginx", "haproxy"])
+def test_a_proxy_that_ends_tls_is_believed_about_the_address(serve, start, certificate, tmp_path, proxy):
+    server, port = serve("--behind-proxy"), free_port()
+    if proxy == "nginx":
+        nginx(start, tmp_path, certificate, port, [server.port])
+    else:
+        haproxy(start, tmp_path, certificate, (port, free_port()), [server.port] * 3)
+    server.port = port
+
+    def healthy():
+        with contextlib.suppress(OSError):
+            return get(server, "/healthz")[0] == 200
+
+    assert until(10, healthy)
+    with Peer(port) as peer:
+        for body in (event(), event()):
+            peer.send(post(body, "X-Forwarded-For: 203.0.113.9"))
+            assert peer.answer()[0] == 200
+        body = event()
+        peer.send(post(body, "Transfer-Encoding: chunked", length=False)[:-len(body)] + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+        assert peer.answer()[0] == 200
+        peer.send(post(body, authorization="Bearer " + token(body, secret=b"wrong")))
+        assert peer.answer()[0] == 401
+    server.wait_for(r" 127\.0\.0\.1 refused 401")
+    assert "203.0.113.9" not in server.stderr() and server.stderr().count(" 127.0.0.1 recorded ") == 3
+
+
+def listens(port):
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+
+
+def shippers(start, folder, logs):
+    """Start rsyslog as collector and beside each log; return the folder where the lines arrive."""
+    if not list(pathlib.Path("/usr/lib").glob("**/rsyslog/omrelp.so")):
+        pytest.skip("rsyslog-relp is not installed")
+    port = free_port()
+    (folder / "collected").mkdir()
+    texts = [readme("<b>rsyslog</b>", 1).replace("/srv/skype", str(folder / "collected"))]
+    texts += [readme("<b>rsyslog</b>", 0).replace("/var/lib/skype-webhook/events.jsonl", str(log)).replace('target="collector"', 'target="127.0.0.1"')
+              .replace("/var/spool/rsyslog", str(log.parent)).replace("maxMessageSize", f'localHostname="{log.parent.name}" maxMessageSize') for log in logs]
+    for number, text in enumerate(texts):
+        (folder / f"rsyslog.{number}").write_text(text.replace('port="2514"', f'port="{port}"'))
+        start("rsyslogd", "-n", "-f", folder / f"rsyslog.{number}", "-i", folder / f"rsyslog.{number}.pid")
+        if number == 0:  # a shipper that finds no collector tries again much later
+            assert until(10, lambda: listens(port))
+    return folder / "collected"
+
+
+def test_two_receivers_behind_haproxy_of_which_one_is_killed_make_one_log(start, certificate, tmp_path):
+    servers = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        servers.append(Server(tmp_path / name, certificate))
+    try:
+        collected, ports = shippers(start, tmp_path, [server.log for server in servers]), (free_port(), free_port())
+        haproxy(start, tmp_path, certificate, ports, [servers[0].port, servers[0].port, servers[1].port])
+        odd = b'{"event":\t"State","currentStage":{"value":"\x7f\xc3\xa4 #011 %msg%"},"big":"' + b"x" * 100_000 + b'"}'
+        assert servers[0].deliver(odd)[0] == servers[1].deliver(odd)[0] == 200
+        with delivering(ports[1], tries=100) as (acknowledged, refused):
+            assert until(10, lambda: len(acknowledged) > 100)
+            servers[1].process.kill()
+            so_far = len(acknowledged)
+            assert until(10, lambda: len(acknowledged) > so_far + 100)
+        acknowledged = {*acknowledged, hashlib.sha256(odd).hexdigest()}
+        lines = {line for server in servers for line in server.log.read_bytes().splitlines()}
+        assert until(20, lambda: {line for path in collected.iterdir() for line in path.read_bytes().splitlines()} == lines)
+        assert refused == [] and set(ids_in(*collected.iterdir())) == acknowledged
+        assert all(len(set(server.ids()) & acknowledged) > 20 for server in servers)
+    finally:
+        for server in servers:
+            server.process.kill()
+            server.process.wait()
