@@ -2275,10 +2275,10 @@ class Settings:
                 raise SettingsError(f"SKYPE_{name.upper()} is not set; put it into .env (see example.env) or into the environment")
         if self.api_key_previous and not self.api_secret_previous:
             raise SettingsError("SKYPE_API_KEY_PREVIOUS is set without SKYPE_API_SECRET_PREVIOUS; set both, or the secret alone")
-        present = Credential(self.api_key, self.api_secret.encode())
+        present = Credential(self.api_key, self.api_secret.encode("utf-8", "surrogateescape"))  # as the environment has it
         if not self.api_secret_previous:
             return (present,)
-        return present, Credential(self.api_key_previous or self.api_key, self.api_secret_previous.encode())
+        return present, Credential(self.api_key_previous or self.api_key, self.api_secret_previous.encode("utf-8", "surrogateescape"))
 
     def load_certificate(self) -> Certificate | None:
         """Return the certificate, None where a proxy has it; raise SettingsError."""
