@@ -1748,6 +1748,13 @@ def test_sighup_reads_the_secrets_again(serve, tmp_path):
     assert server.deliver(event())[0] == 200
 
 
+def test_a_secret_in_the_environment_may_be_any_bytes(serve):
+    server = serve(SKYPE_API_SECRET="\udcff\udcfe", SKYPE_API_SECRET_PREVIOUS="\udcfd")
+    for secret in (b"\xff\xfe", b"\xfd"):
+        body = event()
+        assert server.deliver(body, authorization="Bearer " + token(body, secret=secret))[0] == 200
+
+
 def test_behind_a_proxy_the_address_that_it_saw_is_named(serve):
     server = serve("--behind-proxy")
     assert server.deliver(event(), "X-Forwarded-For: 198.51.100.1, 203.0.113.9", tls=False)[0] == 200
