@@ -1198,6 +1198,23 @@ def _refuse_password() -> str:
     raise SettingsError("the key is encrypted; decrypt it (openssl pkey -in KEY -out NEW) and keep it readable by this user only")
 
 
+def _doubts(context: ssl.SSLContext, cert: str) -> str:
+    """Return what even a peer that trusts this very certificate has against it (expired, not valid yet), "" if nothing."""
+    peer = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    peer.check_hostname = False
+    peer.verify_flags |= 0x80000  # X509_V_FLAG_PARTIAL_CHAIN; it has a name in `ssl` from 3.10
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = peer.wrap_bio(down, up), context.wrap_bio(up, down, server_side=True)
+    try:
+        peer.load_verify_locations(cert)
+        for end in ends * 3:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    except OSError as error:
+        return getattr(error, "verify_message", "")
+    return ""
+
+
 def load_context(cert: str, key: str) -> ssl.SSLContext:
     """Return a new server context with this certificate chain and key (PEM files); raise SettingsError."""
     _check_pem("--cert", cert, "CERTIFICATE")
@@ -1218,6 +1235,8 @@ def load_context(cert: str, key: str) -> ssl.SSLContext:
         raise SettingsError(f"--cert {cert}, --key {key}: {trouble}") from None
     except OSError as error:  # removed since it was read
         raise SettingsError(f"--cert {cert}, --key {key}: {error.strerror}") from None
+    if doubts := _doubts(context, cert):
+        tell(f"warning: --cert {cert}: {doubts}; senders refuse it, so renew it")
     return context
 
 
