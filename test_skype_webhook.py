@@ -1704,6 +1704,16 @@ def test_a_renewed_certificate_is_served_to_new_connections_within_seconds(serve
         server.wait_for("the new certificate", 5)
         kept.send(post(event()))
         assert served_certificate(server) != first and kept.answer()[0] == server.deliver(event())[0] == 200
+    assert "warning" not in server.stderr()
+
+
+def test_an_expired_certificate_is_served_with_a_warning(serve, tmp_path):
+    cert, key = sw.make_certificate(str(tmp_path))
+    if subprocess.run(["openssl", "x509", "-in", cert, "-signkey", key, "-days", "-1", "-out", str(tmp_path / "expired")], check=False).returncode:
+        pytest.skip("this openssl makes no expired certificate")
+    server = serve("--cert", str(tmp_path / "expired"), "--key", key)
+    server.wait_for(r"warning: --cert .*expired: certificate has expired; ")
+    assert server.deliver(event())[0] == 200
 
 
 def test_half_a_renewal_changes_nothing_until_it_is_whole(serve, tmp_path):
