@@ -777,7 +777,7 @@ _TOKEN_CHARS = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN_CHARS + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")
 _FIELD_LINE = re.compile(_TOKEN_CHARS + rb":[\t -~\x80-\xff]*")  # no space before the colon, no fold, no bare CR, LF or NUL
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+;=-]*)(?::[0-9]*)?")
-_PATH = re.compile(r"(?:https?://[^/?#]+)?([^?]*)\??(.*)", re.IGNORECASE)
+_ABSOLUTE = re.compile(r"\Ahttps?://[^/?#]+", re.IGNORECASE)
 _QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 _EXTENSION = rb"[ \t]*;[ \t]*" + _TOKEN_CHARS + rb"(?:[ \t]*=[ \t]*(?:" + _TOKEN_CHARS + rb"|" + _QUOTED + rb"))?"
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)(?:" + _EXTENSION + rb")*")
@@ -846,8 +846,8 @@ def _parse_request_line(line: bytes) -> tuple[str, str, str, int]:
     method, target, major, minor = match.groups()
     if major != b"1":
         raise Rejected(505 if major >= b"2" else 400, "only HTTP/1.1 and HTTP/1.0 are spoken here")
-    path = _PATH.match(target.decode("ascii"))
-    return method.decode("ascii"), path and path[1] or "/", path[2] if path else "", min(int(minor), 1)
+    path, _, query = _ABSOLUTE.sub("", target.decode("ascii")).partition("?")
+    return method.decode("ascii"), path or "/", query, min(int(minor), 1)
 
 
 def parse_head(data: bytes) -> Head:
@@ -1185,13 +1185,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 # --- The server: sockets, TLS, threads, deadlines ---
 
-def _check_pem(name: str, path: str, label: str) -> None:
+
+def _check_pem(flag: str, path: str, content: str) -> None:
     try:
         text = pathlib.Path(path).read_text("latin-1")
     except OSError as error:
-        raise SettingsError(f"{name} {path}: {error.strerror}") from None
-    if not re.search(rf"-----BEGIN {label}-----", text):
-        raise SettingsError(f"{name} {path}: there is no PEM {label.rpartition(']*')[2].lower()} in it")
+        raise SettingsError(f"{flag} {path}: {error.strerror}") from None
+    if not re.search(f"-----BEGIN (?:[A-Z]+ )?{content.upper()}-----", text):
+        raise SettingsError(f"{flag} {path}: there is no PEM {content} in it")
 
 
 def _refuse_password() -> str:
@@ -1217,8 +1218,8 @@ def _doubts(context: ssl.SSLContext, cert: str) -> str:
 
 def load_context(cert: str, key: str) -> ssl.SSLContext:
     """Return a new server context with this certificate chain and key (PEM files); raise SettingsError."""
-    _check_pem("--cert", cert, "CERTIFICATE")
-    _check_pem("--key", key, "[A-Z ]*PRIVATE KEY")
+    _check_pem("--cert", cert, "certificate")
+    _check_pem("--key", key, "private key")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
@@ -1378,15 +1379,14 @@ class Receiver(socketserver.BaseServer):
 
     def sweep(self) -> None:
         """End what is past its deadline; a new deadline always lies `request_timeout` ahead, so none is missed."""
-        with self.changed:
-            links = list(self.connections)
         now, limit = time.monotonic(), self.settings.request_timeout
-        for link in links:
-            if link.is_cut or link.answering and self.is_late(link):
-                link.cut()
-            elif self.is_late(link):
-                link.stop_reading()
-        self.next_sweep = min([now + limit, *(due for link in links if (due := link.since + limit) > now)])
+        with self.changed:  # so that none of them begins to store its event meanwhile
+            for link in self.connections:
+                if link.is_cut or link.answering and self.is_late(link):
+                    link.cut()  # once more: TLS may just have changed socket objects when it was cut first
+                elif self.is_late(link):
+                    link.stop_reading()
+            self.next_sweep = min([now + limit, *(due for link in self.connections if (due := link.since + limit) > now)])
 
     def is_late(self, link: Connection) -> bool:
         return time.monotonic() - link.since >= self.settings.request_timeout

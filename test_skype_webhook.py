@@ -2130,6 +2130,9 @@ def test_what_a_hostile_receiver_answers_is_shown_escaped(tmp_path, answer):
         with listener.accept()[0] as peer:
             peer.recv(65536)
             peer.sendall(answer)
+            peer.shutdown(socket.SHUT_WR)
+            while peer.recv(65536):  # a close with unread bytes would reset
+                pass
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         gather(1, serve_once)
