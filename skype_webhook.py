@@ -2035,8 +2035,9 @@ PAGE_POLICY = (f"default-src 'none'; script-src {_hash_of('script')}; style-src 
 def sample_event(stage: str, interview: str, now: float) -> bytes:
     """Return an event like the documented one, with another stage, interview and time (Unix seconds)."""
     when = datetime.fromtimestamp(now, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%f")
+    metadata = "2000 - Pending interviewer time selection" if stage == "SchedulingTime" else STAGES.get(stage, "")
     return json.dumps({"previousStage": {"value": "InterviewCreated", "metadata": "1 - Interview was created"},
-                       "currentStage": {"value": stage, "metadata": "2000 - Pending interviewer time selection"},
+                       "currentStage": {"value": stage, "metadata": metadata},
                        "event": "State", "timestamp": f"{when}0Z", "interviewCode": interview}).encode()
 
 
@@ -2062,6 +2063,66 @@ class Sender:
             return answer.status, _decode_object(content, _BODY)
         except ValueError:
             return answer.status, {"detail": content.decode("utf-8", "replace")[:200]}
+
+
+class Tally:
+    """What became of many deliveries: milliseconds of each that was taken, the last answer, the last trouble."""
+
+    def __init__(self) -> None:
+        self.taken: list[float] = []
+        self.refused = 0
+        self.last: dict[str, Any] = {}
+        self.trouble = ""
+
+    def add(self, status: int, answer: dict[str, Any], milliseconds: float) -> None:
+        if status == HTTPStatus.OK:
+            self.taken.append(milliseconds)
+            self.last = answer
+        else:
+            self.fail(f"refused: {status} {_REASONS.get(status, '')}: {answer.get('detail', '')}")
+
+    def fail(self, trouble: str) -> None:
+        self.refused += 1
+        self.trouble = trouble
+
+    def describe(self, seconds: float, busy: float) -> str:
+        """Return rate and latency; `busy` is the CPU time that this process took, in seconds."""
+        times = sorted(self.taken) or [math.nan]
+        limit = "; the sender itself was the limit, the receiver can take more" if busy > 0.8 * seconds else ""
+        return (f"{len(self.taken)} delivered, {self.refused} refused in {seconds:.2f} s: {len(self.taken) / seconds:.0f}/s, "
+                f"p50 {times[len(times) // 2]:.2f} ms, p99 {times[len(times) * 99 // 100]:.2f} ms{limit}")
+
+
+def _connect_trouble(error: Exception) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted here ({error.verify_message}); name it by --ca cert.pem, or use --insecure"
+    return f"{getattr(error, 'strerror', None) or error or type(error).__name__}; is the receiver running there?"
+
+
+def deliver_all(sender: Sender, turns: Iterator[int], body: Callable[[], bytes], tally: Tally) -> None:
+    """Deliver over one connection, until the `turns` that other threads take from too are used up."""
+    for _ in turns:
+        begun = time.perf_counter()
+        try:
+            status, answer = sender.deliver(body())
+        except (OSError, http.client.HTTPException) as error:
+            tally.fail(f"not delivered: {_connect_trouble(error)}")
+            return
+        tally.add(status, answer, (time.perf_counter() - begun) * 1000)
+
+
+def deliver_by_all(senders: Sequence[Sender], count: int, body: Callable[[], bytes]) -> Tally:
+    """Deliver `count` events, each sender in a thread of its own, with a line of progress on a terminal."""
+    tally, turns = Tally(), iter(range(count))
+    threads = [threading.Thread(target=deliver_all, args=(sender, turns, body, tally), daemon=True) for sender in senders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(0.5)
+            if count > 1 and sys.stderr.isatty():
+                sys.stderr.write(f"\r{len(tally.taken)} of {count} delivered \r")
+    return tally
 
 
 # --- The timeline: the log in, each interview's course out ---
@@ -2501,66 +2562,6 @@ def show_delivery(url: str, credential: Credential, folder: str) -> None:
           f"1. deliver another:  python3 {sys.argv[0]} send {url} --env-file {folder}/.env --ca {folder}/cert.pem\n"
           f"2. watch the log:    tail -F {folder}/events.jsonl\n"
           f"3. end with Ctrl-C; then put your own key and secret into .env and run with --cert and --key (README.md)", flush=True)
-
-
-class Tally:
-    """What became of many deliveries: milliseconds of each that was taken, the last answer, the last trouble."""
-
-    def __init__(self) -> None:
-        self.taken: list[float] = []
-        self.refused = 0
-        self.last: dict[str, Any] = {}
-        self.trouble = ""
-
-    def add(self, status: int, answer: dict[str, Any], milliseconds: float) -> None:
-        if status == HTTPStatus.OK:
-            self.taken.append(milliseconds)
-            self.last = answer
-        else:
-            self.fail(f"refused: {status} {_REASONS.get(status, '')}: {answer.get('detail', '')}")
-
-    def fail(self, trouble: str) -> None:
-        self.refused += 1
-        self.trouble = trouble
-
-    def describe(self, seconds: float, busy: float) -> str:
-        """Return rate and latency; `busy` is the CPU time that this process took, in seconds."""
-        times = sorted(self.taken) or [math.nan]
-        limit = "; the sender itself was the limit, the receiver can take more" if busy > 0.8 * seconds else ""
-        return (f"{len(self.taken)} delivered, {self.refused} refused in {seconds:.2f} s: {len(self.taken) / seconds:.0f}/s, "
-                f"p50 {times[len(times) // 2]:.2f} ms, p99 {times[len(times) * 99 // 100]:.2f} ms{limit}")
-
-
-def _connect_trouble(error: Exception) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted here ({error.verify_message}); name it by --ca cert.pem, or use --insecure"
-    return f"{getattr(error, 'strerror', None) or error or type(error).__name__}; is the receiver running there?"
-
-
-def deliver_all(sender: Sender, turns: Iterator[int], body: Callable[[], bytes], tally: Tally) -> None:
-    """Deliver over one connection, until the `turns` that other threads take from too are used up."""
-    for _ in turns:
-        begun = time.perf_counter()
-        try:
-            status, answer = sender.deliver(body())
-        except (OSError, http.client.HTTPException) as error:
-            tally.fail(f"not delivered: {_connect_trouble(error)}")
-            return
-        tally.add(status, answer, (time.perf_counter() - begun) * 1000)
-
-
-def deliver_by_all(senders: Sequence[Sender], count: int, body: Callable[[], bytes]) -> Tally:
-    """Deliver `count` events, each sender in a thread of its own, with a line of progress on a terminal."""
-    tally, turns = Tally(), iter(range(count))
-    threads = [threading.Thread(target=deliver_all, args=(sender, turns, body, tally), daemon=True) for sender in senders]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        while thread.is_alive():
-            thread.join(0.5)
-            if count > 1 and sys.stderr.isatty():
-                sys.stderr.write(f"\r{len(tally.taken)} of {count} delivered \r")
-    return tally
 
 
 def send(options: argparse.Namespace) -> int:
