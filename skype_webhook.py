@@ -2643,12 +2643,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     threading.excepthook = lambda fault: tell_fault(fault.exc_value or fault.exc_type(), "thread")
     words = list(sys.argv[1:] if argv is None else argv)
     command = words.pop(0) if words and words[0] in COMMANDS else "serve"
-    options = _make_parser(command).parse_args(words)
     try:
+        options = _make_parser(command).parse_args(words)
         return COMMANDS[command][0](options)
     except SettingsError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
+    except SystemExit as ended:  # argparse: --help, --version, wrong usage
+        return int(ended.code or 0)
     except KeyboardInterrupt:
         return 0
     except Exception as error:

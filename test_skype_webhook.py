@@ -2264,6 +2264,11 @@ def test_a_wrong_start_ends_with_one_line(tmp_path, certificate, flags, environm
     assert (code, out) == (2, "") and err.count("\n") == 1 and word in err and "Traceback" not in err and "s3cret" not in err
 
 
+def test_main_returns_its_exit_code(capsys):
+    assert [sw.main(["--version"]), sw.main(["--frobnicate"]), sw.main(["send"])] == [0, 2, 2]
+    assert capsys.readouterr().out == f"{sw.__version__}\n"
+
+
 def test_a_second_receiver_on_the_same_log_or_port_is_refused(serve, certificate, tmp_path):
     server = serve()
     words = ["--cert", certificate[0], "--key", certificate[1], "--host", "127.0.0.1"]
