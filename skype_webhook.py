@@ -84,6 +84,7 @@ RECENT_BYTES = 64 * 2**20         # bytes read back at start, whatever the size 
 BACKLOG_BYTES = 64 * 2**20        # bytes that may wait for a stalled disk
 STORE_SECONDS = 20.0              # the sender waits 30 s for its answer
 ANSWER_SECONDS = 28.0             # from the first byte of a slow request: it has used up some of them already
+WAKE_SECONDS = 0.1                # for the appends of a batch to wake one another
 CHECK_SECONDS = 2.0               # a load balancer gives its check less time than a sender its event
 DRAIN_SECONDS = 3.0               # how long a refused peer may go on sending before it is cut off
 DRAIN_BYTES = 8 * 2**20           # and how much
@@ -467,11 +468,12 @@ class _Entry:
         self.settled = threading.Lock()
         self.settled.acquire()
 
-    def settle(self, error: str | None) -> None:
-        """Wake those who wait for this line; the first word on it counts. The caller holds the journal's lock."""
-        if not self.is_settled:
-            self.is_settled, self.error = True, error
-            self.settled.release()
+    def settle(self, error: str | None) -> bool:
+        """Say what became of the line; return whether it had not been said before. The caller holds the journal's lock."""
+        if self.is_settled:
+            return False
+        self.is_settled, self.error = True, error
+        return True
 
 
 def _sync(descriptor: int) -> None:
@@ -496,6 +498,9 @@ class Journal:
     last page first, so that a kill half-way leaves a torn tail again and never a broken line; then a newline
     ends them. `tail -F` prints the whole file again after a truncation, and glues lines without the newline.
 
+    How a batch is woken: one by one, each append wakes the next as it runs, the last one the thread. Woken all at once,
+    they would only wait for the interpreter lock, and so wake twice: a tenth of the CPU of an event.
+
     `_lock` guards `_pending`, `_unsettled`, `_recent` and the flags; it is never held while the disk works.
     `_wake` (on the same lock) wakes the thread when something is pending or the journal closes.
     """
@@ -509,6 +514,9 @@ class Journal:
         self._pending: list[_Entry] = []
         self._pending_bytes = 0
         self._unsettled: dict[str, _Entry] = {}
+        self._sleepers: deque[threading.Lock] = deque()   # of the batch just written, in the order of their waking
+        self._all_awake = threading.Lock()                # the last of them
+        self._all_awake.acquire()
         self._recent: set[str] = set()
         self._order: deque[str] = deque()
         self._failing: str | None = None
@@ -555,10 +563,15 @@ class Journal:
         if not entry.settled.acquire(timeout=seconds):
             self._failing = f"the disk did not take it within {seconds:.3g} s"
             raise JournalError(self._failing)
+        self._wake_next()
         entry.settled.release()  # for one more append of the same id
         if entry.error:
             raise JournalError(entry.error)
         return first
+
+    def _wake_next(self) -> None:
+        with contextlib.suppress(IndexError):
+            self._sleepers.popleft().release()
 
     def check(self) -> None:
         """Raise JournalError while the log cannot be written; after a failure, try again with a blank line.
@@ -574,7 +587,8 @@ class Journal:
         """Let no append wait any longer; what lands on the disk afterwards is a duplicate when it is sent again."""
         with self._lock:
             for entry in self._unsettled.values():
-                entry.settle(reason)
+                if entry.settle(reason):
+                    entry.settled.release()
 
     def close(self) -> None:
         """Write and sync what is pending, then let the file go."""
@@ -607,17 +621,26 @@ class Journal:
                 error = self.final or self._commit(b"".join([entry.line for entry in batch]))
             except Exception as fault:  # out of memory, or a fault of ours
                 error = self.final = f"{self.path}: {type(fault).__name__}"
-            with self._lock:
-                self._failing = error
-                if error:
-                    self._refused = min(len(entry.line) for entry in batch)
-                for entry in batch:
-                    del self._unsettled[entry.event_id]
-                    if error is None and entry.event_id:
-                        self._remember(entry.event_id)
-                    entry.settle(error)
+            self._settle(batch, error)
             if self.final:
                 self.on_final()
+
+    def _settle(self, batch: Sequence[_Entry], error: str | None) -> None:
+        """Remember what is durable, and wake the appends of a batch."""
+        with self._lock:
+            self._failing = error
+            if error:
+                self._refused = min(len(entry.line) for entry in batch)
+            for entry in batch:
+                del self._unsettled[entry.event_id]
+                if error is None and entry.event_id:
+                    self._remember(entry.event_id)
+            self._sleepers.extend([entry.settled for entry in batch if entry.settle(error)] + [self._all_awake])
+        self._wake_next()
+        if not self._all_awake.acquire(timeout=WAKE_SECONDS):  # one had given up waiting: it wakes nobody
+            while self._sleepers:
+                self._wake_next()
+            self._all_awake.acquire()
 
     def _commit(self, data: bytes) -> str | None:
         """Write and sync one batch; return None, or why none of its lines counts."""

@@ -908,6 +908,23 @@ def test_append_check_and_close_wait_no_longer_than_their_time(log, monkeypatch)
         go_on.set()
 
 
+def test_an_append_that_gave_up_keeps_nobody_asleep(log, monkeypatch):
+    go_on, results = threading.Event(), []
+    with sw.Journal(log) as journal:
+        monkeypatch.setattr(sw, "_sync", lambda fd: go_on.wait(10))
+        threads = gather(1, lambda: results.append(journal.append(*line(0))))
+        while not log.read_bytes():  # the first one's batch
+            time.sleep(0.001)
+        with pytest.raises(sw.JournalError, match="within"):
+            journal.append(*line(1), 0.1)
+        numbers = iter(range(2, 12))
+        threads += gather(10, lambda: results.append(journal.append(*line(next(numbers)))))
+        go_on.set()
+        for thread in threads:
+            thread.join(5)
+        assert results == [True] * 11 and not journal.append(*line(1))
+
+
 def test_an_append_that_is_given_up_can_still_land(log, monkeypatch):
     go_on, syncing, waiting = threading.Event(), threading.Event(), []
 
