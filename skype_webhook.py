@@ -2663,6 +2663,10 @@ def _make_parser(command: str) -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 done, 1 failed while running, 2 wrong usage or settings."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # it was closed: the log would get its number, and then the lines for stderr
+    os.close(descriptor)
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
     threading.excepthook = lambda fault: tell_fault(fault.exc_value or fault.exc_type(), "thread")
     words = list(sys.argv[1:] if argv is None else argv)
     command = words.pop(0) if words and words[0] in COMMANDS else "serve"
