@@ -1782,6 +1782,25 @@ def test_a_secret_in_the_environment_may_be_any_bytes(serve):
         assert server.deliver(body, authorization="Bearer " + token(body, secret=secret))[0] == 200
 
 
+def test_a_start_with_closed_descriptors_keeps_the_log_to_events(certificate, start, tmp_path):
+    def words(command):
+        return ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, HERE / "skype_webhook.py", *command]
+
+    log, port, body = tmp_path / "events.jsonl", free_port(), event()
+    environment = {**os.environ, "SKYPE_API_KEY": KEY, "SKYPE_API_SECRET": SECRET.decode()}
+    receiver = start(*words(["--cert", certificate[0], "--key", certificate[1], "--host", "127.0.0.1", "--port", port, "--log", log]), env=environment)
+    assert until(10, lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
+    with Peer(port) as peer:
+        peer.send(post(body))
+        assert peer.answer()[0] == 200
+    for command in (["send", f"https://localhost:{port}/", "--ca", certificate[0], "--count", 2], ["timeline", log]):
+        assert start(*words(command), env=environment).wait(10) == 0, command
+    receiver.terminate()
+    assert receiver.wait(10) == 0
+    lines = [json.loads(line) for line in log.read_bytes().splitlines()]
+    assert len(lines) == 3 and lines[0]["id"] == hashlib.sha256(body).hexdigest()
+
+
 def test_behind_a_proxy_the_address_that_it_saw_is_named(serve):
     server = serve("--behind-proxy")
     assert server.deliver(event(), "X-Forwarded-For: 198.51.100.1, 203.0.113.9", tls=False)[0] == 200
