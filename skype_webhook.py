@@ -40,6 +40,7 @@ import pathlib
 import queue
 import re
 import secrets
+import select
 import selectors
 import shutil
 import signal
@@ -95,6 +96,7 @@ LOOK_SECONDS = 2.0                # between two looks at the certificate's files
 CLOCK_HINT = 300.0                # seconds; a token this near its time was refused for a wrong clock
 READ_SIZE = 4 * 1024              # bytes a read; a delivery has about 1,000, and each waiting connection holds such a buffer
 READ_BACK = 2**20                 # bytes of the log read at once at start
+STDERR_SECONDS = 0.5              # for whoever reads stderr to take some of it
 REPORT_PAUSE = 0.02               # seconds; lines of deliveries wait this long for others
 REPORT_LIMIT = 10_000             # lines kept for a stderr that does not take them
 VIEWERS = 16                      # live views at once, besides the connections: people, not senders
@@ -437,9 +439,10 @@ def stamp(message: str) -> str:
 
 
 def write_lines(lines: Sequence[str]) -> None:
-    """Write lines to stderr by one write; a closed or full stderr must not cost an event."""
+    """Write lines to stderr by one write, or drop them; one that is closed, full or not read must cost neither event nor stop."""
     with contextlib.suppress(OSError):
-        os.write(2, "".join(lines).encode("utf-8", "backslashreplace"))
+        if os.name != "posix" or select.select((), (2,), (), STDERR_SECONDS)[1]:
+            os.write(2, "".join(lines).encode("utf-8", "backslashreplace"))
 
 
 def tell(message: str) -> None:
