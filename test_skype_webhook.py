@@ -1801,6 +1801,30 @@ def test_a_start_with_closed_descriptors_keeps_the_log_to_events(certificate, st
     assert len(lines) == 3 and lines[0]["id"] == hashlib.sha256(body).hexdigest()
 
 
+def test_a_stderr_that_nobody_reads_keeps_no_sender_and_no_stop_waiting(certificate, start, tmp_path):
+    unread, full = os.pipe()
+    os.set_blocking(full, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(full, b"x" * 4096):
+            pass
+    os.set_blocking(full, True)
+    port = free_port()
+    receiver = start(sys.executable, HERE / "skype_webhook.py", "--cert", certificate[0], "--key", certificate[1], "--host", "127.0.0.1",
+                     "--port", port, "--log", tmp_path / "events.jsonl", "--max-connections", 2, stderr=full,
+                     env={**os.environ, "SKYPE_API_KEY": KEY, "SKYPE_API_SECRET": SECRET.decode()})
+    assert until(10, lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
+    for _ in range(3):
+        with Peer(port, tls=False, timeout=3) as peer:
+            peer.send(HEALTH)
+            assert peer.answer()[0] == 400
+    with Peer(port, timeout=3) as peer:
+        peer.send(post(event()))
+        assert peer.answer()[0] == 200
+    receiver.terminate()
+    assert receiver.wait(10) == 0
+    os.close(unread), os.close(full)
+
+
 def test_behind_a_proxy_the_address_that_it_saw_is_named(serve):
     server = serve("--behind-proxy")
     assert server.deliver(event(), "X-Forwarded-For: 198.51.100.1, 203.0.113.9", tls=False)[0] == 200
