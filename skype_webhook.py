@@ -1344,12 +1344,12 @@ class Receiver(socketserver.BaseServer):
 
     def adopt(self, settings: Settings, certificate: Certificate | None) -> None:
         """Serve the requests to come by these settings, and the connections to come with this certificate."""
-        self.settings, self.certificate = settings, certificate
-        self.routes: dict[str, dict[str, Callable[[Handler, Head], None]]] = {
+        routes: dict[str, dict[str, Callable[[Handler, Head], None]]] = {
             "/healthz": {"GET": Handler.answer_health, "HEAD": Handler.answer_health}}
         if settings.view_password:
-            self.routes.update({"/": {"GET": show_page, "HEAD": show_page}, "/events": {"GET": show_events, "HEAD": show_events}})
-        self.routes.setdefault(settings.path, {})["POST"] = Handler.do_POST
+            routes.update({"/": {"GET": show_page, "HEAD": show_page}, "/events": {"GET": show_events, "HEAD": show_events}})
+        routes.setdefault(settings.path, {})["POST"] = Handler.do_POST
+        self.settings, self.certificate, self.routes = settings, certificate, routes  # whole: requests come while this runs
 
     def report(self, outcome: str, line: str) -> None:
         """Count an outcome, and hand its line over to the reporter; lines are dropped while stderr takes none."""
