@@ -164,7 +164,8 @@ _TOKEN = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=float, obje
 _encode_text = json.encoder.encode_basestring
 
 
-_BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|([\[{])|[\]}]', re.DOTALL)
+# A string without its end is taken as one to the end, or the search would start anew at each quote in it.
+_BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|([\[{])|[\]}]', re.DOTALL)
 
 
 def _is_deep(data: bytes, limit: int) -> bool:
