@@ -535,6 +535,13 @@ def test_what_is_no_event_is_refused(body):
     assert caught.value.status == 400
 
 
+def test_a_body_whose_string_never_ends_is_refused_at_once():
+    body, begun = b'{"a":"' + b'\\"' * 50_000 + b"[" * 65, time.monotonic()
+    with pytest.raises(sw.Rejected):
+        sw.parse_event(body)
+    assert time.monotonic() - begun < 1
+
+
 def test_a_deep_body_overflows_no_small_stack():
     code = """if True:
         import sys, threading, skype_webhook as sw
