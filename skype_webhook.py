@@ -252,7 +252,7 @@ def _check_time(claims: dict[str, Any], now: float, leeway: float) -> None:
     if "nbf" in claims:
         outside["nbf"] = _numeric_date(claims, "nbf") - now
     for name, by in outside.items():
-        if by >= leeway:
+        if not by < leeway:  # a clock that is no number, either
             what = f"expired {by:.1f} s ago" if name == "exp" else f"begins in {by:.1f} s"
             hint = "; check that the clocks of sender and receiver are right (NTP)" if by < CLOCK_HINT else ""
             raise _invalid_token(f"time: the token {what} by its {name}, "
