@@ -441,6 +441,7 @@ def test_leeway_is_exclusive_at_both_ends():
     for now in (NOW - 1, NOW + 11):
         assert "clock" in refusal(good, now=now)
     assert "clock" not in refusal(good, now=NOW + 1000)
+    refusal(good, now=float("nan"))
     check(good, now=NOW + 14, leeway=5)
 
 
