@@ -200,6 +200,8 @@ class Credential:
     api_secret: bytes = dataclasses.field(repr=False)
 
 
+PLACEHOLDERS = ("paste-your-api-key-here", "paste-your-api-secret-here")  # of example.env
+NO_SECRETS = (b"", PLACEHOLDERS[1].encode())  # everybody knows them
 _JWS = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
@@ -273,7 +275,7 @@ def verify_token(authorization: str | None, credentials: Sequence[Credential], n
         raise _invalid_token("signature: the token is not three base64url segments")
     signed, _, signature = token.encode("ascii").rpartition(b".")
     # The encoded signatures are compared, as bytes: compare_digest raises on non-ASCII text.
-    signers = [credential for credential in credentials if credential.api_secret and hmac.compare_digest(
+    signers = [credential for credential in credentials if credential.api_secret not in NO_SECRETS and hmac.compare_digest(
         _base64url(hmac.digest(credential.api_secret, signed, "sha256")), signature)]
     if not signers:
         raise _invalid_token("signature: it does not match; is the API secret the one of the API settings page?")
@@ -2392,7 +2394,6 @@ class Settings:
         return None if self.behind_proxy else Certificate(self.tls_cert, self.tls_key)
 
 
-PLACEHOLDERS = ("paste-your-api-key-here", "paste-your-api-secret-here")
 SECRETS = ("SKYPE_API_SECRET", "SKYPE_API_SECRET_PREVIOUS")
 SETTINGS = {f"SKYPE_{field.name.upper()}": field for field in dataclasses.fields(Settings)}
 NAMES = {*SETTINGS, *(f"{name}_FILE" for name in SECRETS)}
