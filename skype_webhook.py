@@ -2074,9 +2074,12 @@ class Sender:
     """Delivers events to one URL over one kept connection."""
 
     def __init__(self, url: str, credential: Credential, context: ssl.SSLContext) -> None:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("https", "http") or not parts.hostname:
-            raise SettingsError(f"{url} is not a URL like https://host:8443/")
+        try:
+            parts = urllib.parse.urlsplit(url)
+            if parts.scheme not in ("https", "http") or not parts.hostname or parts.port == 0 or not re.fullmatch("[!-~]+", url):
+                raise ValueError(url)
+        except ValueError:  # an odd port or address, too
+            raise SettingsError(f"{url} is not a URL like https://host:8443/") from None
         self.target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         self.credential = credential
         self.connection = (http.client.HTTPSConnection(parts.hostname, parts.port, timeout=30, context=context)
@@ -2134,7 +2137,7 @@ def deliver_all(sender: Sender, turns: Iterator[int], body: Callable[[], bytes],
         begun = time.perf_counter()
         try:
             status, answer = sender.deliver(body())
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             tally.fail(f"not delivered: {_connect_trouble(error)}")
             return
         tally.add(status, answer, (time.perf_counter() - begun) * 1000)
@@ -2615,7 +2618,7 @@ def send(options: argparse.Namespace) -> int:
         print(printable(f"{tally.last.get('status')} {tally.last.get('id')} in {tally.taken[0]:.1f} ms"))
     if tally.refused:
         print(f"error: {printable(tally.trouble.strip())}", file=sys.stderr)
-    return 1 if tally.refused else 0
+    return 0 if len(tally.taken) == options.count else 1
 
 
 class Parser(argparse.ArgumentParser):
