@@ -2192,6 +2192,14 @@ def test_send_delivers_and_says_what_became_of_it(serve, certificate, tmp_path):
     assert code == 1 and "refused" in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize(("url", "outcome"), [
+    ("https://localhost:99999/", 2), ("https://localhost:x/", 2), ("https://[::1/", 2), ("https://localhost/\xe4", 2), ("https://a b/", 2),
+    ("localhost:8443", 2), (f"https://{'a' * 64}.example/", 1), ("https://a..b/", 1)])
+def test_what_is_no_url_is_said_in_a_line_and_never_counts_as_delivered(tmp_path, url, outcome):
+    code, out, err = run("send", url, cwd=tmp_path, **BOTH)
+    assert (code, out, err.count("\n")) == (outcome, "", 1) and err.startswith("error: ") and "fault" not in err
+
+
 @pytest.mark.parametrize("answer", [b"\x1b[2J\r\n\r\n", b"HTTP/1.1 \x1b[2J\r\n\r\n",
                                     b'HTTP/1.1 200 OK\r\n\r\n{"id":"\\u001b[2J\\u202e"}', b'HTTP/1.1 400 No\r\n\r\n{"detail":"\\u001b[2J\\u202e"}'])
 def test_what_a_hostile_receiver_answers_is_shown_escaped(tmp_path, answer):
