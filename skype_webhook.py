@@ -2149,11 +2149,14 @@ def deliver_by_all(senders: Sequence[Sender], count: int, body: Callable[[], byt
     threads = [threading.Thread(target=deliver_all, args=(sender, turns, body, tally), daemon=True) for sender in senders]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        while thread.is_alive():
-            thread.join(0.5)
-            if count > 1 and sys.stderr.isatty():
-                sys.stderr.write(f"\r{len(tally.taken)} of {count} delivered \r")
+    try:
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.5)
+                if count > 1 and sys.stderr.isatty():
+                    sys.stderr.write(f"\r{len(tally.taken)} of {count} delivered \r")
+    except KeyboardInterrupt:
+        tally.fail("interrupted")
     return tally
 
 
