@@ -2192,6 +2192,17 @@ def test_send_delivers_and_says_what_became_of_it(serve, certificate, tmp_path):
     assert code == 1 and "refused" in err and "Traceback" not in err
 
 
+def test_an_interrupted_send_says_what_was_delivered_and_does_not_end_with_0(serve, certificate, tmp_path):
+    server = serve()
+    words = [sys.executable, HERE / "skype_webhook.py", "send", f"https://localhost:{server.port}/", "--ca", certificate[0], "--count", "1000000"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          env={**os.environ, "SKYPE_API_KEY": KEY, "SKYPE_API_SECRET": SECRET.decode()}) as sender:
+        assert until(10, lambda: server.log.read_bytes().count(b"\n") > 20)
+        sender.send_signal(signal.SIGINT)
+        out, err = sender.communicate(timeout=10)
+    assert sender.returncode == 1 and err == "error: interrupted\n" and 20 <= int(out.split()[0]) <= len(server.ids())
+
+
 @pytest.mark.parametrize(("url", "outcome"), [
     ("https://localhost:99999/", 2), ("https://localhost:x/", 2), ("https://[::1/", 2), ("https://localhost/\xe4", 2), ("https://a b/", 2),
     ("localhost:8443", 2), (f"https://{'a' * 64}.example/", 1), ("https://a..b/", 1)])
