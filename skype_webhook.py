@@ -2187,7 +2187,8 @@ def parse_line(text: str) -> tuple[str, str, int, int, Stages]:
     event = _BODY.decode(text)
     body = event["data"] if "data" in event else _BODY.decode(base64.b64decode(event["data_base64"]).decode())
     recorded = event["recordedtime"]
-    return (event["id"], event.get("subject", "-"), parse_time(event.get("time", recorded)) // 100, parse_time(recorded) // 100,
+    event_id, code = "" + event["id"], "" + event.get("subject", "-")  # a TypeError, if they are no text
+    return (event_id, code, parse_time(event.get("time", recorded)) // 100, parse_time(recorded) // 100,
             (_stage(body, "previousStage", []), _stage(body, "currentStage", [])))
 
 
