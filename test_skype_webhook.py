@@ -2262,10 +2262,11 @@ COURSE = (("InterviewCreated", "SchedulingTime", 0, 0), ("SchedulingCompleted", 
 def test_a_timeline_is_in_the_events_order_with_gaps_and_late_arrivals(tmp_path):
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     lines = stage_lines("code\u202e", *COURSE)
-    one.write_bytes(b"".join(lines[:3]) + b"   \nforeign\n{}\n")
+    others = b'{"id":[],"recordedtime":"2026-11-24T10:00:00Z","data":{}}\n{"id":"","subject":1,"recordedtime":"2026-11-24T10:00:00Z","data":{}}\n'
+    one.write_bytes(b"".join(lines[:3]) + b"   \nforeign\n{}\n" + others)
     two.write_bytes(b"".join(lines[2:]).rstrip(b"\n"))
     done = run_timeline(one, two)
-    assert done.returncode == 0 and "skipped 1 blank and 2 foreign lines" in done.stderr
+    assert done.returncode == 0 and "skipped 1 blank and 4 foreign lines" in done.stderr
     assert [line.split()[2] for line in done.stdout.splitlines()[1:] if line] == [
         "SchedulingTime", "SchedulingCompleted", "InterviewStarted", "FeedbackCollecting"]
     assert "code\\u202e" in done.stdout and "\x1b" not in done.stdout
