@@ -2684,7 +2684,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = words.pop(0) if words and words[0] in COMMANDS else "serve"
     try:
         options = _make_parser(command).parse_args(words)
-        return COMMANDS[command][0](options)
+        code = COMMANDS[command][0](options)
+        sys.stdout.flush()
+        return code
     except SettingsError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
@@ -2692,6 +2694,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(ended.code or 0)
     except KeyboardInterrupt:
         return 0
+    except OSError as error:  # a stdout that is full, or closed at its other end
+        print(f"error: {command}: {error.strerror or error}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would try again, complain, and end with 120
+        return 1
     except Exception as error:
         tell_fault(error, command)
         return 1
