@@ -2203,6 +2203,17 @@ def test_an_interrupted_send_says_what_was_delivered_and_does_not_end_with_0(ser
     assert sender.returncode == 1 and err == "error: interrupted\n" and 20 <= int(out.split()[0]) <= len(server.ids())
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_stdout_that_is_full_ends_with_1_and_one_line(shared, certificate, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}  # which would let each print fail at once
+    shared.deliver(event())
+    for command in (["send", f"https://localhost:{shared.port}/", "--ca", certificate[0]], ["timeline", shared.log]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, HERE / "skype_webhook.py", *command], stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+                                  env={**environment, "SKYPE_API_KEY": KEY, "SKYPE_API_SECRET": SECRET.decode()}, check=False)
+        assert (done.returncode, done.stderr) == (1, f"error: {command[0]}: No space left on device\n")
+
+
 @pytest.mark.parametrize(("url", "outcome"), [
     ("https://localhost:99999/", 2), ("https://localhost:x/", 2), ("https://[::1/", 2), ("https://localhost/\xe4", 2), ("https://a b/", 2),
     ("localhost:8443", 2), (f"https://{'a' * 64}.example/", 1), ("https://a..b/", 1)])
