@@ -2506,9 +2506,10 @@ def run(receiver: Receiver, reload: Callable[[], None]) -> int:
     receiver.on_hangup = reload
     ours = threading.current_thread() is threading.main_thread()
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if ours and hasattr(signal, name)]
+    before = {}
     for number in numbers:
         signal.set_wakeup_fd(receiver.bell.fileno(), warn_on_full_buffer=False)
-        signal.signal(number, receiver.obey)
+        before[number] = signal.signal(number, receiver.obey)
     settings, journal = receiver.settings, receiver.journal
     scheme, address = "http" if settings.behind_proxy else "https", receiver.listeners[0].getsockname()
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
@@ -2522,8 +2523,9 @@ def run(receiver: Receiver, reload: Callable[[], None]) -> int:
     receiver.stop()
     journal.close()
     counts = ", ".join(f"{next(count)} {outcome}" for outcome, count in receiver.counts.items())
-    for number in numbers:
-        signal.signal(number, signal.SIG_IGN)  # while the interpreter ends, one more would set the exit code
+    for number, handler in before.items():  # one more while the interpreter ends would set the exit code; others go on
+        signal.signal(number, signal.SIG_IGN if __name__ == "__main__" else handler)
+        signal.set_wakeup_fd(-1)
     tell(f"stopped: {counts}")
     if journal.final:
         tell(f"error: {journal.final}: it cannot be known what is on the disk; start again")
