@@ -1769,6 +1769,19 @@ def test_a_certificate_that_vanishes_while_it_is_loaded_leaves_the_old_one(serve
     assert server.deliver(event())[0] == 200 and "Traceback" not in server.stderr()
 
 
+def test_a_program_that_imports_main_has_its_signals_back_afterwards(tmp_path, monkeypatch):
+    for name, value in BOTH.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    stopper = threading.Thread(
+        target=lambda: until(10, lambda: signal.getsignal(signal.SIGHUP) != before[2]) and os.kill(os.getpid(), signal.SIGTERM))
+    stopper.start()
+    assert sw.main(["--behind-proxy", "--port", "0"]) == 0
+    stopper.join()
+    assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] and signal.set_wakeup_fd(-1) == -1
+
+
 def test_sighup_reads_the_secrets_again(serve, tmp_path):
     env = tmp_path / "skype.env"
     env.write_text(f"SKYPE_API_SECRET={SECRET.decode()}\n")
