@@ -8,6 +8,7 @@ import base64
 import collections
 import contextlib
 import errno
+import functools
 import hashlib
 import hmac
 import json
@@ -32,12 +33,19 @@ import pytest
 import skype_webhook as sw
 
 HERE = pathlib.Path(__file__).resolve().parent
+PROGRAM = [sys.executable, str(HERE / "skype_webhook.py")]
 KEY = "0ed0e01b-4f8f-93ee-45de-9695954a44a9"
 SECRET = b"3627875e-7826-8a35-4b38-c54e8a4bb1f1"
 CREDENTIAL = sw.Credential(KEY, SECRET)
+OURS = {"SKYPE_API_KEY": KEY, "SKYPE_API_SECRET": SECRET.decode()}
+CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(("SKYPE_", "LISTEN_", "NOTIFY_"))}
 
 
 # --- The sender's side, independent of the module ---
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
 
 
 def base64url(data):
@@ -52,7 +60,7 @@ def jws(header, payload, secret=SECRET):
 def token(body, now=None, secret=SECRET, **claims):
     """Return a token as the getting-started page describes it; a claim given as None is left out."""
     now = int(time.time() if now is None else now)
-    claims = {"jti": str(uuid.uuid4()), "iss": KEY, "sub": hashlib.sha256(body).hexdigest(), "exp": now + 10, "iat": now, **claims}
+    claims = {"jti": str(uuid.uuid4()), "iss": KEY, "sub": sha256(body), "exp": now + 10, "iat": now, **claims}
     return jws(b'{"alg":"HS256","typ":"JWT"}', json.dumps({k: v for k, v in claims.items() if v is not None}).encode(), secret)
 
 
@@ -70,13 +78,25 @@ def post(body, *fields, authorization=None, length=True, path="/"):
     return "\r\n".join(lines + [f"Content-Length: {len(body)}"] * length).encode("latin-1") + b"\r\n\r\n" + body
 
 
+def chunked(body):
+    """Return the raw bytes of one delivery up to its body, which is to follow in chunks."""
+    return post(body, "Transfer-Encoding: chunked", length=False).partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+
+
 class Peer:
     """One connection that sends raw bytes and reads answers."""
 
-    def __init__(self, port, tls=True, timeout=15):
+    def __init__(self, port, tls=True, timeout=30):
         self.raw = socket.create_connection(("127.0.0.1", port), timeout)
         self.raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket = ssl._create_unverified_context().wrap_socket(self.raw, server_hostname="localhost") if tls else self.raw
+        self.socket = self.raw
+        self.file = self.socket.makefile("rb")
+        if tls:
+            self.start_tls()
+
+    def start_tls(self):
+        context = ssl._create_unverified_context()
+        self.socket = context.wrap_socket(self.raw, server_hostname="localhost", suppress_ragged_eofs=False)  # a closure alert is due
         self.file = self.socket.makefile("rb")
 
     def send(self, data):
@@ -97,6 +117,11 @@ class Peer:
         length = int(fields.get("content-length", 0)) if with_content else 0
         return int(line.split()[1]), fields, self.file.read(length)
 
+    def ask(self, data):
+        """Send a request; return the status of the answer, 0 if there is none."""
+        self.send(data)
+        return self.answer()[0]
+
     def ended(self):
         """Tell whether the server has closed the connection in an orderly way."""
         try:
@@ -115,31 +140,51 @@ class Peer:
         self.close()
 
 
+# --- The receiver's side: processes, and what can be done to them ---
+
+
+def make_certificate(folder):
+    """Return the paths of a new P-256 certificate for localhost and of its key."""
+    cert, key = str(folder / "cert.pem"), str(folder / "key.pem")
+    words = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", "/CN=localhost",
+             "-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", cert]
+    subprocess.run(words, check=True, capture_output=True)
+    return cert, key
+
+
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory):
-    """Return the paths of a P-256 certificate for localhost and of its key."""
-    return sw.make_certificate(str(tmp_path_factory.mktemp("tls")))
+    """The paths of a certificate for localhost and of its key."""
+    return make_certificate(tmp_path_factory.mktemp("tls"))
+
+
+WITH_LIMITS = """if True:
+    import json, sys
+    limits, sys.path[0:0] = json.loads(sys.argv.pop(1)), [sys.argv.pop(1)]
+    import skype_webhook
+    assert limits.keys() <= vars(skype_webhook).keys()
+    vars(skype_webhook).update(limits)
+    sys.exit(skype_webhook.main())"""
 
 
 class Server:
-    """A receiver in a process of its own."""
+    """A receiver in a process of its own; `limits` are the module's, where theirs would take a test too long."""
 
-    def __init__(self, folder, certificate, *flags, **environment):
+    def __init__(self, folder, certificate, *flags, limits=None, **environment):
         self.log = folder / "events.jsonl"
         self.errors = folder / f"stderr.{uuid.uuid4().hex}"
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("SKYPE_", "LISTEN_", "NOTIFY_"))}
         tls = [] if "--behind-proxy" in flags else ["--cert", certificate[0], "--key", certificate[1]]
+        program = PROGRAM if limits is None else [sys.executable, "-c", WITH_LIMITS, json.dumps(limits), str(HERE)]
         with open(self.errors, "wb") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, str(HERE / "skype_webhook.py"), *tls, "--host", "127.0.0.1", "--port", "0", "--log", str(self.log), *flags],
-                cwd=folder, stdout=subprocess.DEVNULL, stderr=errors,
-                env={**clean, "SKYPE_API_KEY": KEY, "SKYPE_API_SECRET": SECRET.decode(), **environment})
+                [*program, *tls, "--host", "127.0.0.1", "--port", "0", "--log", str(self.log), *flags],
+                cwd=folder, stdout=subprocess.DEVNULL, stderr=errors, env={**CLEAN, **OURS, **environment})
         self.port = int(self.wait_for(r"listening on https?://[^ ]*:(\d+)/")[1])
 
     def stderr(self):
         return self.errors.read_text("utf-8", "replace")
 
-    def wait_for(self, pattern, seconds=15):
+    def wait_for(self, pattern, seconds=30):
         """Return the match of `pattern` in what the receiver has said, as soon as it is there."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -157,17 +202,34 @@ class Server:
             peer.send(post(body, *fields, **options))
             return peer.answer()
 
+    def outcome(self, body):
+        """Deliver; return what the answer says has become of the event."""
+        return json.loads(self.deliver(body)[2])["status"]
+
+    def hang_up(self, said):
+        """Send SIGHUP, and wait until the receiver has said something once more."""
+        count = self.stderr().count(said)
+        self.process.send_signal(signal.SIGHUP)
+        assert until(lambda: self.stderr().count(said) > count), self.stderr()
+
     def lines(self):
         return [json.loads(line) for line in self.log.read_bytes().splitlines() if line.strip()]
 
     def ids(self):
-        return [line["id"] for line in self.lines()]
+        return ids_in(self.log)
 
-    def stop(self, number=signal.SIGTERM):
-        """Send a signal; return the exit code."""
+    def limit(self, what, size=None):
+        """Set a limit of the kernel (setrlimit(2)) to so many bytes or descriptors; None lifts it again."""
+        resource = pytest.importorskip("resource")
+        kind, prlimit = getattr(resource, f"RLIMIT_{what}"), getattr(resource, "prlimit", None) or pytest.skip("needs Linux' prlimit")
+        _, hard = prlimit(self.process.pid, kind)
+        prlimit(self.process.pid, kind, (hard if size is None else size, hard))
+
+    def stop(self):
+        """Send SIGTERM; return the exit code."""
         if self.process.poll() is None:
-            self.process.send_signal(number)
-        return self.process.wait(20)
+            self.process.terminate()
+        return self.process.wait(40)
 
 
 @pytest.fixture
@@ -175,8 +237,8 @@ def serve(tmp_path, certificate):
     """Return a function that starts a receiver; all are killed at the end of the test."""
     servers = []
 
-    def start(*flags, **environment):
-        servers.append(Server(tmp_path, certificate, *flags, **environment))
+    def start(*flags, folder=tmp_path, **options):
+        servers.append(Server(folder, certificate, *flags, **options))
         return servers[-1]
 
     yield start
@@ -195,12 +257,10 @@ def shared(tmp_path_factory, certificate):
 
 
 @contextlib.contextmanager
-def faulty(server, *rules):
-    """Let system calls on the log or its folder fail, by strace's rules (`fdatasync:error=EIO:when=1`)."""
-    if not shutil.which("strace"):
-        pytest.skip("needs strace")
-    words = ["strace", "-f", "-o", os.devnull, "-P", str(server.log), "-P", str(server.log.parent), "-p", str(server.process.pid)]
-    words += [f"--inject={rule}" for rule in rules]
+def faulty(server, rule, path=None):
+    """Let system calls on the log or its folder, or on `path`, fail or take long, by strace's rule (`fdatasync:error=EIO:when=1`)."""
+    words = [program("strace"), "-f", "-o", os.devnull, "-p", str(server.process.pid), f"--inject={rule}"]
+    words += [word for each in ([path] if path else [server.log, server.log.parent]) for word in ("-P", str(each))]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as tracer:
         if "attached" not in (said := tracer.stderr.readline()):
             pytest.skip(f"needs leave to trace a process: {said}")
@@ -229,6 +289,11 @@ def free_port():
             return listener.getsockname()[1]
 
 
+def listens(port):
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+
+
 @pytest.fixture
 def start(tmp_path):
     """Return a function that starts a program; all are ended after the test, and what they said is shown if it failed."""
@@ -247,6 +312,7 @@ def start(tmp_path):
 
 
 def gather(count, act):
+    """Return `count` threads that do `act`."""
     threads = [threading.Thread(target=act, daemon=True) for _ in range(count)]
     for thread in threads:
         thread.start()
@@ -273,7 +339,7 @@ def delivering(port, threads=6, secret=lambda: SECRET, tries=1):
             while status != 200 and len(answers) < tries:
                 over.wait(0.05)
                 answers.append(status := deliver(body))
-            acknowledged.append(hashlib.sha256(body).hexdigest()) if status == 200 else refused.append(answers)
+            acknowledged.append(sha256(body)) if status == 200 else refused.append(answers)
 
     senders = gather(threads, send)
     try:
@@ -284,24 +350,44 @@ def delivering(port, threads=6, secret=lambda: SECRET, tries=1):
             sender.join()
 
 
-def until(seconds, condition):
+def until(condition, seconds=30):
     """Wait until `condition` holds; return whether it did in time."""
     end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    return condition()
+    while not (holds := condition()) and time.monotonic() < end:
+        time.sleep(0.01)
+    return holds
 
 
-def run(*words, cwd, timeout=20, **environment):
+def grows(found, by):
+    """Wait until `found` has `by` members more than now."""
+    size = len(found) + by
+    assert until(lambda: len(found) >= size), (len(found), size)
+
+
+def ids_in(*paths):
+    return [json.loads(line)["id"] for path in paths for line in path.read_bytes().splitlines() if line.strip()]
+
+
+def run(*words, cwd, **environment):
     """Run one command to its end; return (exit code, stdout, stderr)."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SKYPE_", "LISTEN_", "NOTIFY_"))}
-    done = subprocess.run([sys.executable, str(HERE / "skype_webhook.py"), *map(str, words)], cwd=cwd, env={**clean, **environment},
-                          capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL)
+    done = subprocess.run([*PROGRAM, *map(str, words)], cwd=cwd, env={**CLEAN, "TZ": "UTC", **environment}, capture_output=True,
+                          text=True, timeout=60, check=False, stdin=subprocess.DEVNULL)
+    assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout, done.stderr
 
 
+def get(server, path="/", *fields):
+    with Peer(server.port) as peer:
+        peer.send("\r\n".join([f"GET {path} HTTP/1.1", "Host: localhost", *fields, "", ""]).encode())
+        return peer.answer()
+
+
+def basic(password):
+    return "Authorization: Basic " + base64.b64encode(f"anyone:{password}".encode()).decode()
+
+
+CUT_OFF = (ConnectionError, ssl.SSLError)  # and not: a timeout of our own
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
-BOTH = {"SKYPE_API_KEY": KEY, "SKYPE_API_SECRET": "s3cret"}
 
 
 # --- Verification ---
@@ -322,6 +408,7 @@ def check(authorization, body=BODY, now=NOW, credentials=(CREDENTIAL,), leeway=1
 
 
 def refusal(authorization, *args, **options):
+    """Return why a token is refused."""
     with pytest.raises(sw.Rejected) as caught:
         check(authorization, *args, **options)
     assert caught.value.status == 401
@@ -329,12 +416,9 @@ def refusal(authorization, *args, **options):
 
 
 def payload(body=BODY, now=NOW, **claims):
-    claims = {"iss": KEY, "sub": hashlib.sha256(body).hexdigest(), "exp": now + 10, "iat": now, **claims}
+    """Return the payload of a good token, with other claims as given."""
+    claims = {"iss": KEY, "sub": sha256(body), "exp": now + 10, "iat": now, **claims}
     return json.dumps(claims).encode()
-
-
-def change_signature(good):
-    return good[:-1] + ("B" if good[-1] != "B" else "C")
 
 
 def respell(good):
@@ -355,7 +439,7 @@ ATTACKS = {
     "four segments": (lambda t, b, n: f"Bearer {t}.x", "signature"),
     "empty signature": (lambda t, b, n: "Bearer " + t.rpartition(".")[0] + ".", "signature"),
     "padding": (lambda t, b, n: f"Bearer {t}=", "signature"),
-    "another signature": (lambda t, b, n: "Bearer " + change_signature(t), "signature"),
+    "another signature": (lambda t, b, n: f"Bearer {t[:-1]}{'E' if t[-1] == 'A' else 'A'}", "signature"),
     "non-canonical signature": (lambda t, b, n: "Bearer " + respell(t), "signature"),
     "junk in it": (lambda t, b, n: "Bearer " + t[:5] + "!" + t[5:], "signature"),
     "not ASCII": (lambda t, b, n: "Bearer " + t + "\xe9", "signature"),
@@ -384,13 +468,13 @@ ATTACKS = {
     "exp of 5000 digits": (lambda t, b, n: "Bearer " + jws(HEADER, payload(b, n).replace(b'"exp": ', b'"exp": 1' + b"0" * 5000)), "exp"),
     "exp Arabic digits": (lambda t, b, n: "Bearer " + jws(HEADER, payload(b, n, exp="\u0669" * 10)), "exp"),
     "exp 1_0": (lambda t, b, n: "Bearer " + jws(HEADER, payload(b, n, exp="9_999_999_999")), "exp"),
-    "expired": (lambda t, b, n: "Bearer " + jws(HEADER, payload(b, n - 60)), "expired 50"),
-    "not begun": (lambda t, b, n: "Bearer " + jws(HEADER, payload(b, n + 60)), "begins in 60"),
+    "expired": (lambda t, b, n: "Bearer " + jws(HEADER, payload(b, n - 60)), "expired"),
+    "not begun": (lambda t, b, n: "Bearer " + jws(HEADER, payload(b, n + 60)), "begins in"),
     "nbf ahead": (lambda t, b, n: "Bearer " + jws(HEADER, payload(b, n, nbf=n + 60)), "nbf"),
     "nbf a list": (lambda t, b, n: "Bearer " + jws(HEADER, payload(b, n, nbf=[])), "nbf"),
     "no sub": (lambda t, b, n: "Bearer " + jws(HEADER, payload(b, n, sub=None)), "sub"),
     "sub of another body": (lambda t, b, n: "Bearer " + jws(HEADER, payload(b + b" ", n)), "sub"),
-    "sub cut": (lambda t, b, n: "Bearer " + jws(HEADER, payload(b, n, sub=hashlib.sha256(b).hexdigest()[:-1])), "sub"),
+    "sub cut": (lambda t, b, n: "Bearer " + jws(HEADER, payload(b, n, sub=sha256(b)[:-1])), "sub"),
     "sub in base64": (lambda t, b, n: "Bearer " + jws(HEADER, payload(b, n, sub=base64url(hashlib.sha256(b).digest()).decode())), "sub"),
 }
 
@@ -405,24 +489,20 @@ def test_one_change_is_refused(attack):
 
 def test_one_change_is_refused_over_tls(shared):
     for attack, (change, word) in ATTACKS.items():
-        body, now = event(), int(time.time())
-        before = shared.log.read_bytes()
-        authorization = change(token(body), body, now)
-        lines = ["POST / HTTP/1.1", "Host: x", f"Content-Length: {len(body)}"]
-        lines += [] if authorization is None else [f"Authorization: {authorization}"]
+        body, before = event(), shared.log.read_bytes()
+        authorization = change(token(body), body, int(time.time()))
+        lines = ["POST / HTTP/1.1", "Host: x", f"Content-Length: {len(body)}", f"Authorization: {authorization}", "", ""]
         with Peer(shared.port) as peer:
-            peer.send("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
+            peer.send("\r\n".join(line for line in lines if not line.endswith(" None")).encode("latin-1") + body)
             status, fields, content = peer.answer()
-        assert (status, attack) == (401, attack)
-        assert (word[:7] in content.decode()) or "s ago" in content.decode() or "begins" in content.decode(), attack
-        assert fields["www-authenticate"].startswith("Bearer error=" if authorization is not None else "Bearer")
-        assert shared.log.read_bytes() == before
-        assert shared.deliver(body)[0] == 200
+        assert status == 401 and word in json.loads(content)["detail"], attack
+        assert fields["www-authenticate"] == "Bearer" if authorization is None else "Bearer error=" in fields["www-authenticate"], attack
+        assert shared.log.read_bytes() == before and shared.deliver(body)[0] == 200, attack
 
 
 @pytest.mark.parametrize("claims", [
     {"iat": NOW * 1000, "exp": (NOW + 10) * 1000}, {"iat": str(NOW * 1000)}, {"iat": str(NOW), "exp": f"{NOW + 10}.5"},
-    {"iat": NOW + 0.5}, {"nbf": NOW}, {"sub": hashlib.sha256(BODY).hexdigest().upper()}, {"x": {"y": [1]}}, {"exp": 1e13},
+    {"iat": NOW + 0.5}, {"nbf": NOW}, {"sub": sha256(BODY).upper()}, {"x": {"y": [1]}}, {"exp": 1e13},
 ], ids=str)
 def test_documented_and_vendor_forms_of_claims_pass(claims):
     check("bEaReR  " + jws(HEADER, payload(**claims)))
@@ -434,30 +514,30 @@ def test_a_long_number_that_no_check_reads_refuses_no_token():
     check("Bearer " + jws(HEADER, payload()[:-1] + long))
 
 
-def test_leeway_is_exclusive_at_both_ends():
+@pytest.mark.parametrize("leeway", [0, 1.0, 5])
+def test_a_token_is_good_within_its_leeway(leeway):
     good = "Bearer " + token(BODY, NOW)
-    for now in (NOW - 0.99, NOW + 10.99):
-        check(good, now=now)
-    for now in (NOW - 1, NOW + 11):
-        assert "clock" in refusal(good, now=now)
-    assert "clock" not in refusal(good, now=NOW + 1000)
-    refusal(good, now=float("nan"))
-    check(good, now=NOW + 14, leeway=5)
+    for now in (NOW - leeway + 0.01, NOW + 10 + leeway - 0.01):
+        check(good, now=now, leeway=leeway)
 
 
 @pytest.mark.parametrize("late", [0, 298.5, 300, 1e6])
-def test_a_refusal_says_by_how_much_and_to_look_at_the_clock_where_that_is_under_5_minutes(late):
+def test_a_token_beyond_its_leeway_is_refused_by_how_much_and_pointed_at_the_clock_under_5_minutes(late):
     good = "Bearer " + token(BODY, NOW)
     for now in (NOW - 1 - late, NOW + 11 + late):
         detail = refusal(good, now=now)
         assert f" {late:.1f} s more than" in detail and ("clock" in detail) == (late < 300)
 
 
+def test_a_clock_reading_that_is_no_number_is_outside_every_token_s_time():
+    assert "time" in refusal("Bearer " + token(BODY, NOW), now=float("nan"))
+
+
 def test_the_checks_are_made_in_their_order():
     header, claims, secret = {"alg": "none", "crit": []}, {"iss": "x", "nbf": NOW + 60, "iat": None, "exp": None, "sub": "x"}, b"other"
     for word, remedy in (("does not match", {}), ("HS256", {"secret": SECRET}), ("critical", {"alg": "HS256"}), ("issuer", {"crit": None}),
                          ("exp", {"iss": KEY}), ("iat", {"exp": NOW + 10}), ("nbf", {"iat": NOW}), ("sub", {"nbf": NOW}),
-                         (None, {"sub": hashlib.sha256(BODY).hexdigest()})):
+                         (None, {"sub": sha256(BODY)})):
         secret = remedy.pop("secret", secret)
         (header if remedy.keys() & {"alg", "crit"} else claims).update(remedy)
         parts = (json.dumps({k: v for k, v in part.items() if v is not None}).encode() for part in (header, claims))
@@ -519,11 +599,15 @@ def test_a_token_of_8_kib_is_the_longest():
     assert "longer" in refusal("Bearer " + longer)
 
 
-def test_a_secret_is_not_in_the_text_of_a_credential():
-    assert SECRET.decode() not in repr(CREDENTIAL)
+def test_a_secret_is_not_in_the_text_of_what_holds_it():
+    assert not re.search("hush", repr([sw.Credential(KEY, b"hush"), sw.Settings(api_secret="hush", view_password="hush")]))
 
 
 # --- Events and lines ---
+
+
+def line_of(body, recorded=0):
+    return sw.format_line(sw.parse_event(body), body, recorded)
 
 
 @pytest.mark.parametrize("body", [
@@ -541,7 +625,7 @@ def test_a_body_whose_string_never_ends_is_refused_at_once():
     body, begun = b'{"a":"' + b'\\"' * 50_000 + b"[" * 65, time.monotonic()
     with pytest.raises(sw.Rejected):
         sw.parse_event(body)
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < 5
 
 
 def test_a_deep_body_overflows_no_small_stack():
@@ -566,27 +650,26 @@ def test_a_deep_body_overflows_no_small_stack():
     b'{"event":"a b","currentStage":{"value":"New"},"timestamp":"2018-02-30T00:00:00Z"}',
 ], ids=lambda body: repr(body[:20]))
 def test_an_odd_event_is_recorded_byte_for_byte_with_a_warning(body):
-    parsed = sw.parse_event(body)
-    line = sw.format_line(parsed, body, 0)
-    assert parsed.warnings
+    assert sw.parse_event(body).warnings
+    line = line_of(body)
     assert line.endswith(b',"data":' + body.replace(b"\r", b" ").replace(b"\n", b" ") + b"}\n") and line.count(b"\n") == 1
-    assert line.startswith(b'{"specversion":"1.0","id":"' + hashlib.sha256(body).hexdigest().encode() + b'","source":')
+    assert line.startswith(b'{"specversion":"1.0","id":"' + sha256(body).encode() + b'","source":')
 
 
 def test_the_documented_event_becomes_this_line():
     body = event(interviewCode="1c519c56")
-    envelope = json.loads(line := sw.format_line(sw.parse_event(body), body, 1_519_343_720.25))
+    envelope = json.loads(line := line_of(body, 1_519_343_720.25))
     assert list(envelope) == ["specversion", "id", "source", "type", "subject", "time", "recordedtime", "datacontenttype", "data"]
     assert not sw.parse_event(body).warnings
     assert line == (b'{"specversion":"1.0","id":"%b","source":"https://interviews.skype.com","type":"com.skype.interviews.State",'
                     b'"subject":"1c519c56","time":"2018-02-26T17:50:17.4862382Z","recordedtime":"2018-02-22T23:55:20.250000Z",'
-                    b'"datacontenttype":"application/json","data":%b}\n') % (hashlib.sha256(body).hexdigest().encode(), body)
+                    b'"datacontenttype":"application/json","data":%b}\n') % (sha256(body).encode(), body)
 
 
 @pytest.mark.parametrize("escape", [b"\\ud800", b"\\udc00", b"\\ud800\\ud800", b"\\udc00\\ud800", b"\\ud800x", b"\\\\\\uDBFF"])
 def test_an_unpaired_surrogate_is_recorded_as_base64(escape):
     body = b'{"interviewCode":"' + escape + b'"}'
-    envelope = json.loads(sw.format_line(sw.parse_event(body), body, 0))
+    envelope = json.loads(line_of(body))
     assert base64.b64decode(envelope["data_base64"]) == body and not {"data", "subject"} & set(envelope)
 
 
@@ -599,7 +682,7 @@ def test_an_unpaired_surrogate_is_recorded_as_base64(escape):
     *(("event", value) for value in ("x" * 65, "a\"b", None, "State\n", "", "\u00e9"))])
 def test_what_fits_no_attribute_is_left_out(field, value):
     body = event(**{field: value})
-    envelope = json.loads(sw.format_line(sw.parse_event(body), body, 0))
+    envelope = json.loads(line_of(body))
     if field == "event":
         assert envelope["type"] == "com.skype.interviews.unknown"
     else:
@@ -614,25 +697,19 @@ def test_what_fits_no_attribute_is_left_out(field, value):
     *(("event", "type", value) for value in ("x" * 64, ".a_B-9"))])
 def test_what_fits_an_attribute_is_there_as_sent(field, attribute, value):
     body = event(**{field: value})
-    recorded = sw.format_line(sw.parse_event(body), body, 0)
+    recorded = line_of(body)
     assert json.loads(recorded)[attribute] == "com.skype.interviews." * (field == "event") + value
     assert recorded.count(b"\n") == 1 and not sw.parse_event(body).warnings
 
 
 @pytest.mark.parametrize(("recorded", "text"), [
-    (0, "1970-01-01T00:00:00.000000Z"), (1.0, "1970-01-01T00:00:01.000000Z"), (1_600_000_000.9999999, "2020-09-13T12:26:41.000000Z"),
+    (0, "1970-01-01T00:00:00.000000Z"), (1.0, "1970-01-01T00:00:01.000000Z"), (1_600_000_000.9999998, "2020-09-13T12:26:41.000000Z"),
     (1_600_000_000.000001, "2020-09-13T12:26:40.000001Z"), (253_402_300_799, "9999-12-31T23:59:59.000000Z")])
 def test_a_recordedtime_has_six_digits(recorded, text):
-    assert json.loads(sw.format_line(sw.parse_event(b"{}"), b"{}", recorded))["recordedtime"] == text
+    assert json.loads(line_of(b"{}", recorded))["recordedtime"] == text
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("1970-01-01T00:00:01Z", 1), ("1970-01-01t01:00:00+01:00", 0), ("1970-01-01T00:00:00-00:30", 1800),
-                                               ("2016-12-31T23:59:60Z", 1483228800), ("1970-01-01T00:00:00.0000001Z", 1e-7)])
-def test_times_are_instants(text, seconds):
-    assert sw.parse_time(text) == round(seconds * 10**9)
-
-
-# The contract by other means than the module's, for what no table holds.
+# --- The contract by other means than the module's, against mutants of a delivery ---
 
 
 def decode(text, members=None):
@@ -662,7 +739,7 @@ def is_valid(text, body, now):
         assert segments[2] == base64url(hmac.new(SECRET, b".".join(segments[:2]), "sha256").digest())
         assert header["alg"] == "HS256" and "crit" not in header and claims["iss"] == KEY and max(depth(header), depth(claims)) <= 64
         assert max(seconds_of(claims["iat"]), seconds_of(claims.get("nbf", claims["iat"]))) - 1 < now < seconds_of(claims["exp"]) + 1
-        assert claims["sub"].lower() == hashlib.sha256(body).hexdigest()
+        assert claims["sub"].lower() == sha256(body)
     except (AssertionError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return True
@@ -730,17 +807,18 @@ def test_mutants_of_a_delivery_fare_as_the_contract_says():
                     else b'":' + body.replace(b"\r", b" ").replace(b"\n", b" "))
             recorded = sw.format_line(parsed, body, 0)
             assert recorded.endswith(b'Z","datacontenttype":"application/json","data%b}\n' % kept) and recorded.count(b"\n") == 1, body
-            assert json.loads(recorded, parse_int=float)["id"] == hashlib.sha256(body).hexdigest(), body
+            assert json.loads(recorded, parse_int=float)["id"] == sha256(body), body
         tally[what, claims != 401, parsed != 400] += 1
     assert tally["header", True, True] > 30 and tally["payload", True, True] > 30 and tally["signed body", True, False] > 30
 
 
-# --- The journal ---
+# --- The journal: its file alone ---
 
 
 def line(number, size=0):
+    """Return id and line of an event."""
     body = b'{"n":%d,"x":"%b"}' % (number, b"y" * size)
-    return hashlib.sha256(body).hexdigest(), sw.format_line(sw.parse_event(body), body, 0)
+    return sha256(body), line_of(body)
 
 
 @pytest.fixture
@@ -749,18 +827,15 @@ def log(tmp_path):
 
 
 def test_one_event_by_64_threads_is_written_once(log):
-    start, results = threading.Barrier(64), []
+    together, results = threading.Barrier(64), []
 
     def append():
-        start.wait()
+        together.wait()
         for number in range(20):
             results.append(journal.append(*line(number)))
 
     with sw.Journal(log) as journal:
-        threads = [threading.Thread(target=append) for _ in range(64)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
+        for thread in gather(64, append):
             thread.join()
     assert results.count(True) == 20 and len(log.read_bytes().splitlines()) == 20
 
@@ -771,6 +846,23 @@ def test_ids_are_remembered_over_a_restart(log):
     with sw.Journal(log) as journal:
         assert not any(journal.append(*line(number, 5000)) for number in range(500))
         assert journal.append(*line(500))
+
+
+def test_the_last_65_536_ids_are_remembered_the_oldest_forgotten_first(log):
+    log.write_bytes(b"".join(b'{"specversion":"1.0","id":"%064x"}\n' % number for number in range(65_537)))
+    with sw.Journal(log) as journal:
+        assert [journal.append(f"{number:064x}", line(number)[1]) for number in (1, 0, 1, 3)] == [False, True, True, False]
+
+
+def test_ids_are_read_back_from_the_last_64_mib_of_a_log_alone(log):
+    log.write_bytes(line(0)[1])
+    with open(log, "r+b") as file:
+        for mib in range(1, 66):
+            file.seek(mib * 2**20)
+            file.write(b"\n")  # and a hole
+        file.write(line(1)[1])
+    with sw.Journal(log) as journal:
+        assert [journal.append(*line(number)) for number in (1, 0)] == [False, True]
 
 
 def test_a_torn_tail_of_every_length_is_sealed(log):
@@ -789,7 +881,7 @@ def test_a_torn_tail_of_every_length_is_sealed(log):
 
 def test_the_deepest_event_that_lacks_only_its_newline_is_kept(log):
     body = b'{"a":' + b"[" * 63 + b"]" * 63 + b"}"
-    log.write_bytes((whole := sw.format_line(sw.parse_event(body), body, 0))[:-1])
+    log.write_bytes((whole := line_of(body))[:-1])
     sw.Journal(log).close()
     assert log.read_bytes() == whole
 
@@ -799,6 +891,14 @@ def test_a_log_with_only_a_torn_line_longer_than_a_page_is_sealed(log):
     with sw.Journal(log) as journal:
         assert journal.sealed == 100_000
     assert log.read_bytes() == b" " * 100_000 + b"\n"
+
+
+def test_a_log_whose_last_line_is_longer_than_any_event_is_refused_as_it_is(log, monkeypatch):
+    monkeypatch.setattr(sw, "RECENT_BYTES", 4096)
+    log.write_bytes(b"x" * 5000)
+    with pytest.raises(sw.JournalError, match="longer than any event"):
+        sw.Journal(log)
+    assert log.read_bytes() == b"x" * 5000
 
 
 def test_a_new_log_is_private_and_locked(log):
@@ -826,6 +926,10 @@ def test_rotation_by_rename_and_by_copytruncate_is_followed(log):
         journal.append(*line(1))
         assert not journal.append(*line(0))
         assert (old.read_bytes(), log.read_bytes()) == (line(0)[1], line(1)[1])
+        log.rename(old)
+        log.touch(0o600)  # as logrotate's `create` does
+        journal.append(*line(4))
+        assert (old.read_bytes(), log.read_bytes()) == (line(1)[1], line(4)[1])
         os.truncate(log, 0)
         journal.append(*line(2))
         assert log.read_bytes() == line(2)[1]
@@ -849,29 +953,57 @@ def test_a_log_that_others_change_gets_whole_lines_all_the_same(log, changed, ke
 
 
 def test_a_failed_write_is_blanked_and_the_next_one_goes_through(log, monkeypatch):
-    real = os.write
+    real, synced = os.write, []
     with sw.Journal(log) as journal:
         journal.append(*line(0))
+        monkeypatch.setattr(os, "fdatasync", lambda _: synced.append(log.read_bytes()))
         monkeypatch.setattr(sw.os, "write", lambda fd, data: real(fd, data[:10]) if len(data) > 10 else real(fd, data))
         with pytest.raises(sw.JournalError, match="10 of"):
             journal.append(*line(1))
+        assert synced == [line(0)[1] + b" " * 10 + b"\n"]
         monkeypatch.undo()
         assert journal.append(*line(1))
         journal.check()
-    assert log.read_bytes() == line(0)[1] + b" " * 10 + b"\n" + line(1)[1]
+    assert log.read_bytes() == synced[0] + line(1)[1]
 
 
-def test_a_failed_sync_is_final(log, monkeypatch):
+def test_a_torn_line_that_could_not_be_ended_is_ended_after_a_rotation_too(log, monkeypatch):
+    real = os.write
+    with sw.Journal(log) as journal:
+        monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:10]) if len(data) > 10 else 0)
+        with pytest.raises(sw.JournalError, match="10 of"):
+            journal.append(*line(1))
+        monkeypatch.undo()
+        log.rename(old := log.with_suffix(".1"))
+        assert journal.append(*line(1))
+    assert (old.read_bytes(), log.read_bytes()) == (b" " * 10 + b"\n", line(1)[1])
+
+
+@pytest.mark.parametrize("call", ["fdatasync", "fsync"])
+def test_a_log_or_a_folder_that_cannot_be_synced_is_refused_at_the_start(log, monkeypatch, call):
+    def fail(_):
+        raise OSError(errno.EIO, "I/O error")
+
+    log.write_bytes(line(0)[1])  # perhaps unsynced: it must be durable before it is called a duplicate
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(sw.JournalError, match="I/O error"):
+        sw.Journal(log)
+
+
+@pytest.mark.parametrize(("call", "error"), [("fdatasync", OSError(errno.EIO, "I/O error")), ("write", MemoryError())], ids=str)
+def test_a_sync_that_fails_or_a_fault_is_final(log, monkeypatch, call, error):
+    def fail(*_):
+        raise error
+
     ended = threading.Event()
     with sw.Journal(log) as journal:
         journal.on_final = ended.set
-        monkeypatch.setattr(sw, "_sync", lambda fd: os.fsync(10**6))
-        for _ in range(2):
-            with pytest.raises(sw.JournalError):
-                journal.append(*line(1))
-        assert ended.wait(5)
-        with pytest.raises(sw.JournalError):
-            journal.check()
+        monkeypatch.setattr(os, call, fail)
+        for act in (lambda: journal.append(*line(1)), lambda: journal.append(*line(1)), journal.check):
+            with pytest.raises(sw.JournalError, match="I/O error|MemoryError"):
+                act()
+            monkeypatch.undo()  # for the first time is the last
+        assert ended.wait(30)
     assert not log.read_bytes().strip()
 
 
@@ -894,63 +1026,238 @@ def test_the_check_tries_a_line_as_long_as_the_refused_one(log, monkeypatch):
     assert [text for text in log.read_bytes().splitlines(True) if text.strip()] == [line(1)[1]]
 
 
-def test_append_check_and_close_wait_no_longer_than_their_time(log, monkeypatch):
-    go_on = threading.Event()
-    monkeypatch.setattr(sw, "CHECK_SECONDS", 0.2)
-    monkeypatch.setattr(sw, "CLOSE_SECONDS", 0.2)
+@pytest.fixture
+def stall(monkeypatch):
+    """Return two events: one is set by a sync that begins, and syncs go on once the other is set."""
+    syncing, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(os, "fdatasync", lambda _: syncing.set() or go_on.wait(60))
+    yield syncing, go_on
+    go_on.set()
+
+
+@pytest.fixture
+def journal(log):
     with sw.Journal(log) as journal:
-        monkeypatch.setattr(sw, "_sync", lambda fd: go_on.wait(10))
-        begun = time.monotonic()
-        for call in (lambda: journal.append(*line(1), 0.2), journal.check):
-            with pytest.raises(sw.JournalError, match="within"):
-                call()
-        assert time.monotonic() - begun < 1
-        go_on.set()
-        assert not journal.append(*line(1))
-        go_on.clear()
-        with pytest.raises(sw.JournalError, match="within"):
-            journal.append(*line(2), 0.1)
-        begun = time.monotonic()
+        yield journal
+
+
+def test_append_check_and_close_wait_no_longer_than_their_time(journal, stall, monkeypatch):
+    monkeypatch.setattr(sw, "CHECK_SECONDS", 0.1)
+    begun = time.monotonic()
+    for act in (lambda: journal.append(*line(1), 0.1), journal.check):
+        with pytest.raises(sw.JournalError, match="within 0.1 s"):
+            act()
+    for seconds in (0.1, 60):  # the second one finds it closed, and does not wait
+        monkeypatch.setattr(sw, "CLOSE_SECONDS", seconds)
         journal.close()
-        journal.close()
-        assert time.monotonic() - begun < 0.35
-        go_on.set()
+    with pytest.raises(sw.JournalError, match="closed"):
+        journal.append(*line(2))
+    assert time.monotonic() - begun < 6
 
 
-def test_an_append_that_gave_up_keeps_nobody_asleep(log, monkeypatch):
-    go_on, results = threading.Event(), []
-    with sw.Journal(log) as journal:
-        monkeypatch.setattr(sw, "_sync", lambda fd: go_on.wait(10))
-        threads = gather(1, lambda: results.append(journal.append(*line(0))))
-        while not log.read_bytes():  # the first one's batch
-            time.sleep(0.001)
-        with pytest.raises(sw.JournalError, match="within"):
-            journal.append(*line(1), 0.1)
-        numbers = iter(range(2, 12))
-        threads += gather(10, lambda: results.append(journal.append(*line(next(numbers)))))
-        go_on.set()
-        for thread in threads:
-            thread.join(5)
-        assert results == [True] * 11 and not journal.append(*line(1))
+def test_an_append_that_gave_up_keeps_nobody_asleep(journal, stall):
+    syncing, go_on = stall
+    results, numbers = [], iter(range(2, 12))
+    threads = gather(1, lambda: results.append(journal.append(*line(0))))
+    assert syncing.wait(30)
+    with pytest.raises(sw.JournalError, match="within"):
+        journal.append(*line(1), 0.1)
+    threads += gather(10, lambda: results.append(journal.append(*line(next(numbers)))))
+    go_on.set()
+    for thread in threads:
+        thread.join(30)
+    assert results == [True] * 11 and not journal.append(*line(1))
 
 
-def test_an_append_that_is_given_up_can_still_land(log, monkeypatch):
-    go_on, syncing, waiting = threading.Event(), threading.Event(), []
+def test_an_append_that_is_given_up_can_still_land(log, journal, stall):
+    syncing, go_on = stall
+    results = []
 
     def append():
-        with pytest.raises(sw.JournalError, match="had to stop"):
-            waiting.append(journal.append(*line(1)))
+        try:
+            results.append(journal.append(*line(1)))
+        except sw.JournalError as error:
+            results.append(str(error))
+
+    (thread,) = gather(1, append)
+    assert syncing.wait(30)
+    journal.give_up("it had to stop")
+    thread.join(30)
+    assert results == ["it had to stop"]
+    go_on.set()
+    assert journal.append(*line(2)) and not journal.append(*line(1))
+    assert log.read_bytes() == line(1)[1] + line(2)[1]
+
+
+def test_what_waited_for_a_sync_that_failed_is_refused_too(log, monkeypatch):
+    go_on, syncs = threading.Event(), []
+
+    def fail_once(_):
+        syncs.append(go_on.wait(60))
+        if len(syncs) == 1:
+            raise OSError(errno.EIO, "I/O error")
 
     with sw.Journal(log) as journal:
-        monkeypatch.setattr(sw, "_sync", lambda fd: syncing.set() or go_on.wait(10))
-        (thread,) = gather(1, append)
-        assert syncing.wait(5)
-        journal.give_up("it had to stop")
-        thread.join(5)
-        assert not thread.is_alive() and not waiting
+        monkeypatch.setattr(os, "fdatasync", fail_once)
+        for number in (1, 2):  # 1 is being synced, 2 waits
+            with pytest.raises(sw.JournalError, match="within"):
+                journal.append(*line(number), 0.1)
         go_on.set()
-        assert journal.append(*line(2)) and not journal.append(*line(1))
-    assert log.read_bytes() == line(1)[1] + line(2)[1]
+        with pytest.raises(sw.JournalError, match="I/O error"):
+            journal.append(*line(2))
+    assert not log.read_bytes().strip()
+
+
+def test_what_waits_for_a_stalled_disk_is_bounded(journal, stall, monkeypatch):
+    monkeypatch.setattr(sw, "BACKLOG_BYTES", 1000)
+    for number, why in ((1, "within"), (2, "within"), (3, "too much waits")):  # 1 is being synced, 2 waits
+        with pytest.raises(sw.JournalError, match=why):
+            journal.append(*line(number, 1000), 0.1 + 20 * (number == 3))
+        assert stall[0].wait(30)
+
+
+# --- The journal of a running receiver: kills, full disks, calls that fail ---
+
+
+def test_sigkill_under_load_loses_and_doubles_nothing_and_tail_shows_it_once(serve, start, tmp_path):
+    acknowledged = []
+
+    def send():
+        with contextlib.suppress(OSError, ValueError, AssertionError):
+            while True:
+                with Peer(server.port, timeout=5) as peer:
+                    for number in range(20):
+                        body = event(metadata="x" * 200_000 * (number == 19))  # a write that takes long enough to be torn
+                        peer.send(post(body))
+                        if peer.answer()[0] != 200:
+                            return
+                        acknowledged.append(sha256(body))
+
+    (tmp_path / "events.jsonl").touch(0o600)
+    with open(tmp_path / "seen", "wb") as seen, open(tmp_path / "said", "wb") as said:
+        start("tail", "-n", "+1", "-F", tmp_path / "events.jsonl", stdout=seen, stderr=said)
+    for _ in range(4):
+        server = serve()
+        senders = gather(8, send)
+        grows(acknowledged, 100)
+        server.process.kill()
+        server.process.wait()
+        for sender in senders:
+            sender.join()
+    server = serve()
+    assert server.deliver(last := event())[0] == 200 and server.stop() == 0
+    ids = server.ids()
+    assert until(lambda: sha256(last).encode() in (tmp_path / "seen").read_bytes()[-1000:])
+    assert len(ids) == len(set(ids)) and set(acknowledged) <= set(ids)
+    shown = re.findall(rb'^{"specversion":"1.0","id":"(\w+)".*}$', (tmp_path / "seen").read_bytes(), re.M)  # a torn line ends in spaces
+    assert sorted(shown) == sorted(map(str.encode, ids)) and not (tmp_path / "said").read_bytes()
+
+
+# Each row: the system call at which the process is killed, and what becomes of the event when it is sent again. The event is written
+# short (a limit), then blanked from the end of its last page, ended and synced: the calls 2 to 5.
+@pytest.mark.parametrize(("call", "short", "outcome"), [
+    ("write:signal=SIGKILL:when=1", False, "recorded"), ("fdatasync:signal=SIGKILL:when=1", False, "duplicate"),
+    *((f"write:signal=SIGKILL:when={number}", True, "recorded") for number in range(2, 6))], ids=str)
+def test_a_kill_at_any_step_leaves_whole_lines(serve, call, short, outcome):
+    server, body = serve(), event(metadata="x" * 20_000)
+    assert server.deliver(event())[0] == 200
+    before = server.log.read_bytes()
+    if short:
+        server.limit("FSIZE", len(before) + 9000)
+    with faulty(server, call):
+        assert server.deliver(body)[0] == 0 and server.process.wait(30) == -signal.SIGKILL
+    torn = server.log.read_bytes()[len(before):]
+    assert len(torn) == 9000 or not short
+    assert torn.endswith(b"\n") == (outcome == "duplicate")
+    server = serve()
+    assert ("sealed" in server.stderr()) == short
+    assert server.outcome(body) == outcome
+    assert len(server.ids()) == 2 and server.log.read_bytes().startswith(before)
+
+
+def test_a_full_disk_is_503_until_there_is_space(serve):
+    server = serve()
+    server.limit("FSIZE", 2000)
+    answers = [server.deliver(event()) for _ in range(8)]
+    taken = [status for status, _, _ in answers].index(503)
+    assert [status for status, _, _ in answers] == [200] * taken + [503] * (8 - taken) and answers[-1][1]["retry-after"]
+    refused = event(metadata="x" * 3000)
+    assert server.deliver(refused)[0] == 503
+    with Peer(server.port) as peer:
+        assert peer.ask(HEALTH) == 503
+        server.limit("FSIZE")
+        assert peer.ask(HEALTH) == 200
+    assert server.outcome(refused) == "recorded"
+    assert len(server.ids()) == taken + 1 and server.stop() == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() or not shutil.which("mount"), reason="mounts a small file system")
+def test_a_disk_that_something_else_fills_is_503_until_it_is_freed_even_over_a_restart(serve, tmp_path):
+    disk, bodies = tmp_path / "disk", [event(pad="x" * 3000) for _ in range(8)]
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=True)
+    try:
+        server = serve("--log", str(disk / "log"))
+        assert server.deliver(bodies[0])[0] == 200
+        with contextlib.suppress(OSError), open(disk / "filler", "wb", 0) as filler:
+            while True:
+                filler.write(b"x" * 4096)
+        assert [server.deliver(body)[0] for body in bodies[1:4]] == [503] * 3
+        server.process.kill()  # what a short write left has no newline: there was no room for it
+        server.process.wait()
+        assert not (disk / "log").read_bytes().endswith(b"\n")
+        server = serve("--log", str(disk / "log"))
+        assert "No space left" in server.stderr()
+        with Peer(server.port) as peer:
+            assert [peer.ask(request) for request in (HEALTH, post(bodies[4]))] == [503, 503]
+            (disk / "filler").unlink()
+            assert peer.ask(HEALTH) == 200
+        assert [server.outcome(body) for body in bodies] == ["duplicate"] + ["recorded"] * 7
+        assert server.stop() == 0
+        server.log = disk / "log"
+        assert len(server.ids()) == len(bodies)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("call", ["write:error=ENOSPC", "write:error=EDQUOT", "write:error=EIO", "write:error=EROFS"])
+def test_a_write_that_fails_is_503_and_needs_no_restart(serve, call):
+    server, refused = serve(), event()
+    assert server.deliver(event())[0] == 200
+    with Peer(server.port) as peer:
+        with faulty(server, call):
+            assert [server.deliver(refused)[0] for _ in range(2)] == [503] * 2
+            assert peer.ask(HEALTH) == 503
+        assert peer.ask(HEALTH) == 200
+    assert [server.outcome(refused) for _ in range(2)] == ["recorded", "duplicate"]
+    assert len(server.ids()) == 2 and server.stop() == 0
+
+
+@pytest.mark.parametrize("limits", [{"STORE_SECONDS": 1}, {"ANSWER_SECONDS": 1}], ids=str)
+def test_an_event_that_is_not_stored_in_time_is_503_and_a_duplicate_once_it_has_landed(serve, limits):
+    server, late = serve(limits=limits), event()
+    with Peer(server.port) as peer:
+        with faulty(server, "fdatasync:delay_enter=15000000:when=1"):
+            assert peer.ask(post(late)) == 503
+        assert until(lambda: peer.ask(HEALTH) == 200) and server.outcome(late) == "duplicate"
+
+
+# Each row: the rule that makes a sync fail, and whether the log is rotated before (to a file that logrotate has made).
+@pytest.mark.parametrize(("call", "rotated"), [("fdatasync:error=EIO", False), ("fdatasync:error=EIO:when=1", False),
+                                               ("fdatasync:error=ENOSPC:when=1", True), ("fsync:error=EIO:when=1", True)], ids=str)
+def test_a_sync_that_fails_ends_the_process_and_stores_nothing(serve, call, rotated):
+    server, refused = serve(limits={"STOP_GRACE": 0.1}), event()
+    with Peer(server.port) as idle, Peer(server.port) as sender:
+        assert idle.ask(post(event())) == sender.ask(post(event())) == 200
+        if rotated:
+            server.log.rename(server.log.with_suffix(".1"))
+            server.log.touch(0o600)
+        with faulty(server, call):
+            sender.send(post(refused) * 2)
+            assert [sender.answer()[0] for _ in range(2)] == [503] * 2
+            assert server.process.wait(30) == 1
+    assert "start again" in server.stderr() and len(server.ids()) == (0 if rotated else 2)
+    assert serve().outcome(refused) == "recorded"
 
 
 # --- HTTP: one connection ---
@@ -959,9 +1266,9 @@ def test_an_append_that_is_given_up_can_still_land(log, monkeypatch):
 def test_the_documented_event_is_recorded_once(serve):
     server = serve()
     body = event()
-    assert json.loads(server.deliver(body)[2]) == {"status": "recorded", "id": hashlib.sha256(body).hexdigest()}
-    assert json.loads(server.deliver(body)[2]) == {"status": "duplicate", "id": hashlib.sha256(body).hexdigest()}
-    assert [(line["id"], line["data"]) for line in server.lines()] == [(hashlib.sha256(body).hexdigest(), json.loads(body))]
+    assert json.loads(server.deliver(body)[2]) == {"status": "recorded", "id": sha256(body)}
+    assert json.loads(server.deliver(body)[2]) == {"status": "duplicate", "id": sha256(body)}
+    assert [(line["id"], line["data"]) for line in server.lines()] == [(sha256(body), json.loads(body))]
     assert server.stop() == 0
     assert "1 recorded, 1 duplicate, 0 refused" in server.stderr()
     assert re.search(r"127\.0\.0\.1:\d+ recorded SchedulingTime [0-9a-f-]{36} [0-9.]+ ms\n", server.stderr())
@@ -1155,22 +1462,21 @@ def test_framing(shared, case):
                                        *(CHUNKED.partition("11\r\n")[0] + line for line in ("11\n", "11;a\rb", "1" * 9000))])
 def test_what_can_never_become_a_request_is_refused_at_once(shared, beginning):
     with Peer(shared.port) as peer:
-        peer.send(beginning.replace("{token}", token(b"")).encode())
-        assert peer.answer()[0] == 400 and peer.ended()
+        assert peer.ask(beginning.replace("{token}", token(b"")).encode()) == 400 and peer.ended()
 
 
 def test_a_delivery_is_one_wherever_it_is_cut(shared):
     body = event()
     chunks = b"".join(b"%x;a=b\r\n%b\r\n" % (len(piece), piece) for piece in (body[:1], body[1:100], body[100:])) + b"0\r\nX: y\r\n\r\n"
     with Peer(shared.port) as peer:  # a record at a time is what the receiver reads
-        for raw in (b"\r\n" + post(body), post(body, "Transfer-Encoding: chunked", length=False)[:-len(body)] + chunks):
+        for raw in (b"\r\n" + post(body), chunked(body) + chunks):
             for cut in range(1, len(raw)):
                 peer.send(raw[:cut])
                 peer.send(raw[cut:])
-                assert json.loads(peer.answer()[2])["id"] == hashlib.sha256(body).hexdigest(), cut
+                assert json.loads(peer.answer()[2])["id"] == sha256(body), cut
             for byte in raw:
                 peer.send(bytes([byte]))
-            assert json.loads(peer.answer()[2])["id"] == hashlib.sha256(body).hexdigest()
+            assert json.loads(peer.answer()[2])["id"] == sha256(body)
         with contextlib.suppress(OSError):
             for byte in b"\r\n\r\n" + raw:
                 peer.send(bytes([byte]))
@@ -1182,80 +1488,73 @@ def test_a_body_with_its_framing_may_be_as_long_as_the_cap(shared, size, framing
     body = event(x="y" * (size - len(event(x=""))))
     raw = b"%x\r\n%b\r\n0\r\n\r\n" % (size, body) if framing else body
     assert (len(body), len(raw)) == (size, size + framing)
-    head = post(body, "Transfer-Encoding: chunked", length=False) if framing else post(body)
     with Peer(shared.port) as peer:
-        peer.send(head[:-size] + raw)
-        assert peer.answer()[0] == due
+        assert peer.ask(chunked(body) + raw if framing else post(body)) == due
 
 
 def test_chunk_extensions_count_towards_the_cap(shared):
     with Peer(shared.port) as peer:
-        peer.send(post(BODY, "Transfer-Encoding: chunked", length=False)[:-len(BODY)] + (b"1;" + b"a" * 8000 + b"\r\n \r\n") * 140)
-        assert peer.answer()[0] == 413
+        assert peer.ask(chunked(BODY) + (b"1;" + b"a" * 8000 + b"\r\n \r\n") * 140) == 413
     assert shared.deliver(event())[0] == 200
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="this system cannot be told to acknowledge at once")
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_sender_with_nagle_waits_for_no_delayed_ack(shared, kept):
-    waits = []
-    for _ in range(5):
+    def seconds():
         with Peer(shared.port) as peer:
             peer.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)
             for _ in range(1 + kept):
                 begun, body = time.monotonic(), event()
                 peer.send(post(body)[:-len(body)])
-                peer.send(body)
-                assert peer.answer()[0] == 200
-            waits.append(time.monotonic() - begun)
-    assert min(waits) < 0.035
+                assert peer.ask(body) == 200
+            return time.monotonic() - begun
+
+    assert any(seconds() < 0.035 for _ in range(50))  # a delayed acknowledgement takes 40 ms at the least, each time
 
 
 def test_a_continue_comes_only_after_a_good_head(shared):
     body = event()
-    good = post(body, "Expect: 100-continue")[:-len(body)]
+    good, bad = (post(body, "Expect: 100-continue", **token)[:-len(body)] for token in ({}, {"authorization": "Bearer a.b.c"}))
     with Peer(shared.port) as peer:
         peer.send(post(body) + good)
         assert [peer.answer()[0], peer.answer()[0]] == [200, 100]
         peer.send(body + good + body)
         assert [peer.answer()[0], peer.answer()[0]] == [200, 200]  # who has sent the body waits for no 100
-    for head, due in ((post(body, "Expect: 100-continue", authorization="Bearer a.b.c"), 401), (good.replace(b"Length: ", b"Length: 9999"), 413),
-                      (good.replace(b"Content-Length", b"X"), 411), (good.replace(b"POST /", b"POST /x"), 404), (good.replace(b"POST", b"PUT"), 405)):
+    with Peer(shared.port) as peer:
+        peer.send(good.replace(b"HTTP/1.1", b"HTTP/1.0"))  # which has no 100
+        assert not select.select([peer.socket], [], [], 0.1)[0] and peer.ask(body) == 200
+    for head, due in ((bad, 401), (good.replace(b"Length: ", b"Length: 9999"), 413), (good.replace(b"Content-Length", b"X"), 411),
+                      (good.replace(b"POST /", b"POST /x"), 404), (good.replace(b"POST", b"PUT"), 405)):
         with Peer(shared.port) as peer:
-            peer.send(head.partition(b"\r\n\r\n")[0] + b"\r\n\r\n")
-            assert peer.answer()[0] == due and peer.ended()
+            assert peer.ask(head) == due and peer.ended()
 
 
 def test_pipelined_requests_are_answered_in_order(shared):
     bodies = [event() for _ in range(20)]
     with Peer(shared.port) as peer:
         peer.send(b"".join(post(body) for body in bodies) + HEALTH + b"HEAD /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert [json.loads(peer.answer()[2])["id"] for _ in bodies] == [hashlib.sha256(body).hexdigest() for body in bodies]
+        assert [json.loads(peer.answer()[2])["id"] for _ in bodies] == [sha256(body) for body in bodies]
         assert peer.answer()[::2] == (200, b'{"status":"ok"}')
         status, fields, _ = peer.answer(with_content=False)
         assert (status, fields["content-length"]) == (200, "15")
-        peer.send(post(b"[]"))
-        assert peer.answer()[0] == 400
-        peer.send(post(event()))
-        assert peer.answer()[0] == 200
+        assert [peer.ask(post(body)) for body in (b"[]", event())] == [400, 200]
 
 
 @pytest.mark.parametrize(("version", "option", "kept"), [("1.1", "", True), ("1.1", "Connection: x, Close\r\n", False), ("1.0", "", False),
                                                         ("1.0", "Connection: Keep-Alive\r\n", True)])
-def test_connections_are_kept_as_asked(shared, version, option, kept):
+def test_a_connection_is_kept_as_asked_and_the_answer_says_so(shared, version, option, kept):
     with Peer(shared.port) as peer:
         peer.send(f"GET /healthz HTTP/{version}\r\nHost: x\r\n{option}\r\n".encode())
-        assert peer.answer()[0] == 200
-        if not kept:
-            assert peer.ended()
-        peer.send(post(event())) if kept else None
-        assert peer.answer()[0] == (200 if kept else 0)
+        status, fields, _ = peer.answer()
+        assert (status, fields.get("connection")) == (200, "close" if not kept else "keep-alive" if version == "1.0" else None)
+        assert peer.ask(HEALTH) == 200 if kept else peer.ended()
 
 
-def test_other_methods_and_paths(shared):
+def test_other_methods_and_paths_are_refused(shared):
     with Peer(shared.port) as peer:
-        for request, status, allow in (("GET /", 405, "POST"), ("HEAD /", 405, "POST"), ("PUT /healthz", 405, "GET, HEAD"), ("GET /events", 404, None),
-                                       ("HEAD /x", 404, None), ("OPTIONS *", 404, None), ("GET /x", 404, None)):
+        for request, status, allow in (("GET /", 405, "POST"), ("HEAD /", 405, "POST"), ("PUT /healthz", 405, "GET, HEAD"),
+                                       ("GET /events", 404, None), ("HEAD /x", 404, None), ("OPTIONS *", 404, None), ("GET /x", 404, None)):
             peer.send(f"{request} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
             answer = peer.answer(with_content=not request.startswith("HEAD"))
             assert (answer[0], answer[1].get("allow")) == (status, allow)
@@ -1263,193 +1562,159 @@ def test_other_methods_and_paths(shared):
 
 def test_a_refused_sender_of_a_large_body_reads_its_answer(shared):
     with Peer(shared.port) as peer:
-        peer.send(b"POST / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer a.b.c\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 1_000_000)
-        assert peer.answer()[0] == 401 and peer.ended()
+        assert peer.ask(post(b"x" * 1_000_000, authorization="Bearer a.b.c")) == 401 and peer.ended()
 
 
-def test_a_refused_sender_that_never_ends_is_cut_off(shared):
-    sent = 0
-    with Peer(shared.port) as peer, pytest.raises(OSError):
-        peer.send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
-        while sent < 64 * 2**20:
+@pytest.mark.parametrize("limits", [{"DRAIN_SECONDS": 60}, {"DRAIN_SECONDS": 0.5, "DRAIN_BYTES": 2**40}], ids=["by bytes", "by time"])
+def test_a_refused_sender_that_never_ends_is_cut_off(serve, limits):
+    server = serve("--request-timeout", "60", limits=limits)
+    begun = time.monotonic()
+    with Peer(server.port) as peer, pytest.raises(CUT_OFF):
+        assert peer.ask(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n") == 401
+        while time.monotonic() < begun + 15:
             peer.send(b"x" * 65_536)
-            sent += 65_536
-    assert sent < 64 * 2**20
-    assert shared.deliver(event())[0] == 200
+    assert server.deliver(event())[0] == 200
 
 
 def test_an_empty_line_after_a_delivery_is_no_request(serve):
     server = serve()
     with Peer(server.port) as peer:
-        peer.send(post(event()) + b"\r\n")
-        assert peer.answer()[0] == 200
-        peer.send(b"\r\n" + post(event()) + b"\r\n")
-        assert peer.answer()[0] == 400
+        assert peer.ask(post(event()) + b"\r\n") == 200
+        assert peer.ask(b"\r\n" + post(event()) + b"\r\n") == 400
     with Peer(server.port) as peer:
-        peer.send(post(event()) + b"\r\n")
-        assert peer.answer()[0] == 200
+        assert peer.ask(post(event()) + b"\r\n") == 200
     assert server.stop() == 0
     assert "2 recorded, 0 duplicate, 1 refused" in server.stderr()
 
 
 def test_plain_http_is_told_to_use_https(shared):
     with Peer(shared.port, tls=False) as peer:
-        peer.send(b"POST / HTTP/1.1\r\nHost: x\r\n\r\n")
+        peer.send(post(event()))
         status, fields, content = peer.answer()
-        assert (status, fields["content-type"].split(";")[0]) == (400, "text/plain") and b"https" in content
+        assert (status, fields["content-type"].split(";")[0]) == (400, "text/plain") and b"https" in content and peer.ended()
 
 
 def test_a_half_closed_sender_is_answered(shared):
     with Peer(shared.port) as peer:
         peer.send(post(event())[:-1])
-        peer.raw = socket.socket.shutdown(peer.socket, socket.SHUT_WR)
+        socket.socket.shutdown(peer.socket, socket.SHUT_WR)
         assert peer.answer()[0] == 400
 
 
-# --- The server ---
-
-
-def client_hello():
-    """Return the first bytes of a TLS client."""
-    sent = ssl.MemoryBIO()
-    with pytest.raises(ssl.SSLWantReadError):
-        ssl._create_unverified_context().wrap_bio(ssl.MemoryBIO(), sent, server_hostname="localhost").do_handshake()
-    return sent.read()
+# --- The server: places, deadlines, its end ---
 
 
 def test_mute_peers_keep_nobody_waiting(serve):
-    server = serve()
-    hello = b"\x16\x03\x01\x02\x00\x01"
-    peers = []
+    server, peers = serve("--request-timeout", "60"), []
     for number in range(600):
         peers.append(socket.create_connection(("127.0.0.1", server.port)))
         if number % 2:
             with contextlib.suppress(OSError):
-                peers[-1].sendall(hello)
+                peers[-1].sendall(b"\x16\x03\x01\x02\x00\x01")  # how a TLS client begins
         if number % 50 == 49:
-            begun = time.monotonic()
             assert server.deliver(event())[0] == 200
-            assert time.monotonic() - begun < 1
     assert len(os.listdir(f"/proc/{server.process.pid}/task")) <= 256 + 3
     for peer in peers:
         peer.close()
     assert server.stop() == 0
 
 
-@pytest.mark.parametrize("sent", [b"", b"POST / HTTP/1.1\r\nX: ", b"body"], ids=["nothing", "head", "body"])
-def test_a_dripping_peer_has_its_time_in_all(serve, sent):
-    server = serve("--request-timeout", "1")
-    sent = post(event())[:-20] if sent == b"body" else sent
-    begun = time.monotonic()
-    with Peer(server.port) as peer:
-        if sent:
-            peer.send(sent)
-            with contextlib.suppress(OSError):
-                while time.monotonic() - begun < 0.8:
-                    peer.send(b"1")
-                    time.sleep(0.1)  # this peer's drip
-            assert peer.answer()[0] == 408
-        assert peer.answer()[0] == 0
-    assert 0.9 < time.monotonic() - begun < 1.6
+def test_drip_by_drip_every_stage_has_the_same_time_in_all(serve):
+    server, found, begin = serve("--request-timeout", "2"), {}, chunked(BODY)
+    stages = {  # how a peer begins, and what it goes on to send, a bit at a time
+        "request line": (b"POST ", b"/"), "fields": (b"POST / HTTP/1.1\r\n", b"X: y\r\n"), "late": (b"POST ", b"/"),
+        "body": (post(b"x" * 9999).partition(b"xx")[0], b"x"), "continued": (post(b"x" * 99, "Expect: 100-continue")[:-99], b" "),
+        "chunk size": (begin, b"0"), "extension": (begin + b"1;", b"x"), "data": (begin + b"fff\r\n", b"x"),
+        "chunks": (begin, b"1\r\nx\r\n"), "trailer": (begin + b"0\r\n", b"X: y\r\n"),
+        "next": (post(event()) + b"POST ", b"/"), "silent": (b"", b""), "mute": (b"", b"")}
+
+    def drip(stage):
+        """Note the status that a peer gets, 0 for an end without an answer, and whether that took the two seconds."""
+        begun, (start, more) = time.monotonic(), stages[stage]
+        with Peer(server.port, tls=stage not in ("late", "mute")) as peer:
+            if stage == "late":  # it takes its time for the handshake already
+                time.sleep(1.2)
+                peer.start_tls()
+            if stage == "next":
+                assert peer.ask(start) == 200
+            elif start:
+                peer.send(start)
+            if stage == "continued":
+                assert peer.answer()[0] == 100
+            while not select.select([peer.socket], [], [], 0.05)[0] and time.monotonic() < begun + 20:
+                peer.send(more)
+            found[stage] = peer.answer()[0], 2 <= time.monotonic() - begun < 3.1
+
+    for thread in [gather(1, functools.partial(drip, stage))[0] for stage in stages]:
+        thread.join()
+    assert found == {**dict.fromkeys(stages, (408, True)), "silent": (0, True), "mute": (0, True)}
     assert server.deliver(event())[0] == 200
 
 
-def test_drip_by_drip_every_stage_has_the_same_time_in_all(serve):
-    server = serve("--request-timeout", "1")
-    chunked = post(BODY, "Transfer-Encoding: chunked", length=False)[:-len(BODY)]
-    stages = {"request line": (b"POST ", b"/"), "fields": (b"POST / HTTP/1.1\r\n", b"X: y\r\n"), "chunk size": (chunked, b"0"), "extension": (chunked + b"1;", b"x"),
-              "data": (chunked + b"fff\r\n", b"x"), "chunks": (chunked, b"1\r\nx\r\n"), "trailer": (chunked + b"0\r\n", b"X: y\r\n"),
-              "continued": (post(event(), "Expect: 100-continue")[:-99], b" "), "second": (post(event()) + b"POST ", b"/")}
-    found = {}
-
-    def drip(stage):
-        start, more = stages[stage]
-        with Peer(server.port) as peer:
-            peer.send(start)
-            found[stage] = peer.answer()[0] if stage == "second" else 200
-            begun = time.monotonic()
-            while not select.select([peer.socket], [], [], 0.05)[0] and time.monotonic() < begun + 3:
-                peer.send(more)
-            found[stage] = found[stage], peer.answer()[0], 0.8 < time.monotonic() - begun < 1.5
-
-    threads = [threading.Thread(target=drip, args=(stage,)) for stage in stages]
-    for thread in threads:
-        thread.start()
-    with socket.create_connection(("127.0.0.1", server.port), 5) as silent:
-        silent.sendall(client_hello())
-        begun = time.monotonic()
-        while silent.recv(4096):
-            pass
-        assert 0.8 < time.monotonic() - begun < 1.5
-    for thread in threads:
-        thread.join()
-    assert found == {stage: (200, 408, True) for stage in stages}
-
-
 def test_an_idle_connection_is_closed_and_a_busy_one_is_not(serve):
-    server = serve("--request-timeout", "0.6")
+    server = serve("--request-timeout", "1.5")
     with Peer(server.port) as idle, Peer(server.port) as busy:
-        idle.send(post(event()))
-        assert idle.answer()[0] == 200
-        for _ in range(4):
-            busy.send(post(event()))
-            assert busy.answer()[0] == 200
-            time.sleep(0.4)  # its pause
-        assert idle.answer()[0] == 0
+        assert idle.ask(post(event())) == busy.ask(post(event())) == 200
+        raw = post(event())
+        for part in (raw[:9], raw[9:]):
+            time.sleep(0.9)  # its pauses, before a request and within it, are longer together than the time of each
+            busy.send(part)
+        assert busy.answer()[0] == 200 and idle.answer()[0] == 0
 
 
 def test_a_peer_that_takes_no_answers_is_cut_off(serve):
-    server = serve("--request-timeout", "1")
-    with Peer(server.port) as peer:
-        peer.socket.settimeout(20)
-        with contextlib.suppress(OSError):
-            for _ in range(100_000):
-                peer.send(HEALTH * 100)
+    server = serve("--request-timeout", "0.5")
+    with Peer(server.port) as peer, pytest.raises(CUT_OFF):
+        while True:
+            peer.send(HEALTH * 100)
     assert server.deliver(event())[0] == 200
 
 
 def test_the_longest_waiting_connection_makes_room(serve):
     server = serve("--max-connections", "3")
     peers = [Peer(server.port) for _ in range(3)]
-    peers[0].send(post(event()))
-    assert peers[0].answer()[0] == 200
+    assert peers[0].ask(post(event())) == 200
     assert server.deliver(event())[0] == 200
-    assert peers[1].ended()
-    for peer in (peers[0], peers[2]):
-        peer.send(post(event()))
-        assert peer.answer()[0] == 200
+    assert peers[1].answer()[0] == 0
+    assert [peer.ask(post(event())) for peer in (peers[0], peers[2])] == [200, 200]
+    for peer in peers:
         peer.close()
-    peers[1].close()
 
 
-@pytest.mark.skipif(not shutil.which("strace"), reason="strace makes the disk slow")
-def test_the_longest_waiting_goes_first_and_one_whose_event_is_being_stored_never(serve):
-    server = serve("--max-connections", "4")
-    with Peer(server.port) as storing:
-        trace = subprocess.Popen(["strace", "-f", "-o", "/dev/null", "-e", "inject=fdatasync:delay_enter=1500000", "-p", str(server.process.pid)],
-                                 stderr=subprocess.PIPE)
-        assert b"attached" in trace.stderr.readline()
+def connect(server, count):
+    return [socket.create_connection(("127.0.0.1", server.port), 30) for _ in range(count)]
+
+
+def test_a_flood_evicts_itself_oldest_first_and_never_one_whose_event_is_being_stored(serve):
+    server, flood = serve("--max-connections", "4"), []
+    with Peer(server.port) as storing, faulty(server, "fdatasync:delay_enter=1000000"):
         storing.send(post(event()))
-        flood = []
         for number in range(12):
-            flood.append(socket.create_connection(("127.0.0.1", server.port), 1))
+            flood += connect(server, 1)
             assert number < 3 or flood[number - 3].recv(1) == b""
         assert not select.select(flood[-3:], [], [], 0)[0]
         assert storing.answer()[0] == 200
-        trace.terminate()
-        trace.communicate()
     for peer in flood:
         peer.close()
     assert server.stop() == 0
+
+
+def test_the_only_connection_there_can_be_keeps_its_place_while_its_event_is_being_stored(serve):
+    server = serve("--max-connections", "1")
+    with Peer(server.port) as storing, faulty(server, "fdatasync:delay_enter=1000000"):
+        storing.send(post(event()))
+        assert until(lambda: server.log.stat().st_size)
+        (other,) = connect(server, 1)
+        assert storing.answer()[0] == 200
+        other.close()
 
 
 def test_a_kept_sender_that_has_delivered_outlives_a_flood(serve):
     server = serve("--max-connections", "4")
     with Peer(server.port) as kept:
         for _ in range(3):
-            kept.send(post(event()))
-            assert kept.answer()[0] == 200
-            flood = [socket.create_connection(("127.0.0.1", server.port), 5) for _ in range(12)]
+            assert kept.ask(post(event())) == 200
+            flood = connect(server, 12)
             assert [peer.recv(1) for peer in flood[:-3]] == [b""] * 9  # evicted, although they came later
             for peer in flood:
                 peer.close()
@@ -1457,200 +1722,44 @@ def test_a_kept_sender_that_has_delivered_outlives_a_flood(serve):
 
 
 def test_without_descriptors_the_longest_waiting_gives_up_its_own(serve):
-    resource = pytest.importorskip("resource")
-    server, limits = serve(), resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = len(os.listdir(f"/proc/{server.process.pid}/fd"))
-    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (used + 4, limits[1]))
-    mute = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(30)]
+    server = serve("--request-timeout", "60")
+    server.limit("NOFILE", len(os.listdir(f"/proc/{server.process.pid}/fd")) + 4)
+    mute = connect(server, 30)
     server.wait_for("cannot accept: .*LimitNOFILE")
-    begun = time.monotonic()
     assert [server.deliver(event())[0] for _ in range(4)] == [200] * 4
-    assert time.monotonic() - begun < 5 and server.stderr().count("cannot accept") == 1
-    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, limits)
+    assert server.stderr().count("cannot accept") == 1
+    server.limit("NOFILE")
     for peer in mute:
         peer.close()
     assert server.deliver(event())[0] == 200 and server.stop() == 0
 
 
 def test_without_threads_the_longest_waiting_gives_up_its_own(serve):
-    resource = pytest.importorskip("resource")
-    server, unlimited = serve(), resource.getrlimit(resource.RLIMIT_AS)
+    server = serve("--request-timeout", "60")
     status = pathlib.Path(f"/proc/{server.process.pid}/status")
 
     def limit_threads():  # no room for one more stack
-        size = int(re.search(r"VmSize:\s+(\d+) kB", status.read_text())[1]) * 1024
-        resource.prlimit(server.process.pid, resource.RLIMIT_AS, (size + 4 * 2**20, unlimited[1]))
+        server.limit("AS", int(re.search(r"VmSize:\s+(\d+) kB", status.read_text())[1]) * 1024 + 4 * 2**20)
 
     limit_threads()
-    mute = [socket.create_connection(("127.0.0.1", server.port), 5)]  # not even this one gets a thread
+    mute = connect(server, 1)  # not even this one gets a thread
     server.wait_for("cannot start a thread: .*TasksMax=")
     mute[0].sendall(b"GET / HTTP/1.1\r\n\r\n")
-    resource.prlimit(server.process.pid, resource.RLIMIT_AS, unlimited)
-    begun = time.monotonic()
+    server.limit("AS")
     assert mute[0].recv(12) == b"HTTP/1.1 400"  # although nobody else came
     limit_threads()
-    mute += [socket.create_connection(("127.0.0.1", server.port)) for _ in range(30)]
+    mute += connect(server, 30)
     assert [server.deliver(event())[0] for _ in range(4)] == [200] * 4
-    assert time.monotonic() - begun < 5 and int(re.search(r"Threads:\s+(\d+)", status.read_text())[1]) < 10
+    assert int(re.search(r"Threads:\s+(\d+)", status.read_text())[1]) < 10
     for peer in mute:
         peer.close()
     assert server.stop() == 0
 
 
-def test_sigkill_under_load_loses_and_doubles_nothing_and_tail_shows_it_once(serve, tmp_path):
-    acknowledged = []
-
-    def send():
-        with contextlib.suppress(OSError, ValueError, AssertionError):
-            while True:
-                with Peer(server.port, timeout=5) as peer:
-                    for number in range(20):
-                        body = event(metadata="x" * 200_000 * (number == 19))  # a write that takes long enough to be torn
-                        peer.send(post(body))
-                        if peer.answer()[0] != 200:
-                            return
-                        acknowledged.append(hashlib.sha256(body).hexdigest())
-
-    (tmp_path / "events.jsonl").touch(0o600)
-    with open(tmp_path / "seen", "wb") as seen, open(tmp_path / "said", "wb") as said:
-        tail = subprocess.Popen(["tail", "-n", "+1", "-F", str(tmp_path / "events.jsonl")], stdout=seen, stderr=said)
-    for _ in range(4):
-        server, so_far = serve(), len(acknowledged)
-        senders = gather(8, send)
-        while len(acknowledged) < so_far + 100:
-            time.sleep(0.01)
-        server.process.kill()
-        server.process.wait()
-        for sender in senders:
-            sender.join()
-    server = serve()
-    assert server.deliver(last := event())[0] == 200 and server.stop() == 0
-    ids, end = server.ids(), time.monotonic() + 10
-    while hashlib.sha256(last).hexdigest().encode() not in (tmp_path / "seen").read_bytes()[-1000:] and time.monotonic() < end:
-        time.sleep(0.01)
-    tail.terminate()
-    tail.wait()
-    assert len(ids) == len(set(ids)) and set(acknowledged) <= set(ids)
-    shown = re.findall(rb'^{"specversion":"1.0","id":"(\w+)".*}$', (tmp_path / "seen").read_bytes(), re.M)  # a torn line ends in spaces
-    assert sorted(shown) == sorted(map(str.encode, ids)) and not (tmp_path / "said").read_bytes()
-
-
-# Each row: the system call at which the process is killed, and what becomes of the event when it is sent again. The event is written
-# short (a limit), then blanked from the end of its last page, ended and synced: the calls 2 to 5.
-@pytest.mark.parametrize(("call", "short", "outcome"), [
-    ("write:signal=SIGKILL:when=1", False, "recorded"), ("fdatasync:signal=SIGKILL:when=1", False, "duplicate"),
-    *((f"write:signal=SIGKILL:when={number}", True, "recorded") for number in range(2, 6))], ids=str)
-def test_a_kill_at_any_step_leaves_whole_lines(serve, call, short, outcome):
-    resource = pytest.importorskip("resource")
-    server, body = serve(), event(metadata="x" * 20_000)
-    assert server.deliver(event())[0] == 200
-    before = server.log.read_bytes()
-    limit = len(before) + 9000 if short else resource.RLIM_INFINITY
-    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    with faulty(server, call):
-        assert server.deliver(body)[0] == 0 and server.process.wait(5) == -signal.SIGKILL
-    torn = server.log.read_bytes()[len(before):]
-    assert len(torn) == 9000 or not short
-    assert torn.endswith(b"\n") == (outcome == "duplicate")
-    server = serve()
-    assert ("sealed" in server.stderr()) == short
-    assert json.loads(server.deliver(body)[2])["status"] == outcome
-    assert len(server.ids()) == 2 and server.log.read_bytes().startswith(before)
-
-
-def test_a_full_disk_is_503_until_there_is_space(serve):
-    resource = pytest.importorskip("resource")
-    server = serve()
-    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
-    statuses = [server.deliver(event()) for _ in range(8)]
-    assert [status for status, _, _ in statuses] == sorted(status for status, _, _ in statuses)
-    assert statuses[-1][0] == 503 and statuses[-1][1]["retry-after"]
-    refused = event(metadata="x" * 3000)
-    assert server.deliver(refused)[0] == 503
-    with Peer(server.port) as peer:
-        peer.send(HEALTH)
-        assert peer.answer()[0] == 503
-        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        peer.send(HEALTH)
-        assert peer.answer()[0] == 200
-    assert json.loads(server.deliver(refused)[2])["status"] == "recorded"
-    assert len(server.ids()) == sum(status == 200 for status, _, _ in statuses) + 1
-    assert server.stop() == 0
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() or not shutil.which("mount"), reason="mounts a small file system")
-def test_a_disk_that_something_else_fills_is_503_until_it_is_freed_even_over_a_restart(serve, tmp_path):
-    disk, bodies = tmp_path / "disk", [event(pad="x" * 3000) for _ in range(8)]
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=True)
-    try:
-        server = serve("--log", str(disk / "log"))
-        assert server.deliver(bodies[0])[0] == 200
-        with contextlib.suppress(OSError), open(disk / "filler", "wb", 0) as filler:
-            while True:
-                filler.write(b"x" * 4096)
-        assert [server.deliver(body)[0] for body in bodies[1:4]] == [503] * 3
-        server.process.kill()  # what a short write left has no newline: there was no room for it
-        server.process.wait()
-        assert not (disk / "log").read_bytes().endswith(b"\n")
-        server = serve("--log", str(disk / "log"))
-        assert "No space left" in server.stderr()
-        with Peer(server.port) as peer:
-            for body in (HEALTH, post(bodies[4])):
-                peer.send(body)
-                assert peer.answer()[0] == 503
-            (disk / "filler").unlink()
-            peer.send(HEALTH)
-            assert peer.answer()[0] == 200
-        assert [json.loads(server.deliver(body)[2])["status"] for body in bodies] == ["duplicate"] + ["recorded"] * 7
-        assert server.stop() == 0
-        server.log = disk / "log"
-        assert len(server.ids()) == len(bodies)
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
-@pytest.mark.parametrize("call", ["write:error=ENOSPC", "write:error=EDQUOT", "write:error=EIO", "write:error=EROFS"])
-def test_a_write_that_fails_is_503_and_needs_no_restart(serve, call):
-    server, refused = serve(), event()
-    assert server.deliver(event())[0] == 200
-    with Peer(server.port) as peer:
-        with faulty(server, call):
-            assert [server.deliver(refused)[0] for _ in range(2)] == [503] * 2
-            peer.send(HEALTH)
-            assert peer.answer()[0] == 503
-        peer.send(HEALTH)
-        assert peer.answer()[0] == 200
-    assert [json.loads(server.deliver(refused)[2])["status"] for _ in range(2)] == ["recorded", "duplicate"]
-    assert len(server.ids()) == 2 and server.stop() == 0
-
-
-# Each row: the rule that makes a sync fail, and whether the log is rotated before (to a file that logrotate has made).
-@pytest.mark.parametrize(("call", "rotated"), [("fdatasync:error=EIO", False), ("fdatasync:error=EIO:when=1", False),
-                                               ("fdatasync:error=ENOSPC:when=1", True), ("fsync:error=EIO:when=1", True)], ids=str)
-def test_a_sync_that_fails_ends_the_process_and_stores_nothing(serve, call, rotated):
-    server, refused = serve(), event()
-    with Peer(server.port) as idle, Peer(server.port) as sender:
-        for peer in (idle, sender):
-            peer.send(post(event()))
-            assert peer.answer()[0] == 200
-        if rotated:
-            server.log.rename(server.log.with_suffix(".1"))
-            server.log.touch(0o600)
-        with faulty(server, call):
-            sender.send(post(refused) * 2)
-            assert [sender.answer()[0] for _ in range(2)] == [503] * 2
-            assert server.process.wait(5) == 1
-    assert "start again" in server.stderr() and len(server.ids()) == (0 if rotated else 2)
-    assert json.loads(serve().deliver(refused)[2])["status"] == "recorded"
-
-
 def test_sigterm_answers_what_was_sent_whole(serve):
     server = serve()
     with Peer(server.port) as whole, Peer(server.port) as half, Peer(server.port) as idle:
-        for peer in (whole, half, idle):
-            peer.send(post(event()))
-            assert peer.answer()[0] == 200
+        assert [peer.ask(post(event())) for peer in (whole, half, idle)] == [200] * 3
         half.send(post(event())[:-1])
         server.process.send_signal(signal.SIGTERM)
         server.wait_for("stopping")
@@ -1662,28 +1771,41 @@ def test_sigterm_answers_what_was_sent_whole(serve):
     assert "5 recorded, 1 duplicate, 1 refused" in server.stderr()
 
 
+def test_sigterm_waits_no_longer_for_a_disk_that_has_stalled_than_its_time(serve):
+    server = serve(limits={"STOP_SECONDS": 0.5, "CLOSE_SECONDS": 0.5})
+    with Peer(server.port) as peer, faulty(server, "fdatasync:delay_enter=15000000:when=1"):
+        peer.send(post(event()))
+        assert until(lambda: server.log.stat().st_size)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("stopped: 0 recorded, 0 duplicate, 1 refused", 10)
+        assert peer.answer()[0] == 503
+    assert server.stop() == 0
+
+
 def test_sigterm_waits_no_longer_for_a_peer_that_takes_no_answer_than_its_time(serve):
-    server = serve("--request-timeout", "1.5")
+    server = serve("--request-timeout", "1", limits={"STOP_SECONDS": 60})
     with Peer(server.port) as peer:
         peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        peer.socket.settimeout(0.5)  # nothing has been read for so long: it is stuck
+        peer.socket.settimeout(0.3)  # nothing has been read for so long: it is stuck
         with contextlib.suppress(OSError):
-            for _ in range(100_000):
-                peer.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 300)
-        begun = time.monotonic()
-        assert server.stop() == 0 and time.monotonic() - begun < 3
+            while True:
+                peer.send(HEALTH * 300)
+        assert server.stop() == 0
 
 
 def test_a_storm_of_signals_loses_none_and_does_not_change_the_exit_code(serve):
     server = serve()
-    storm = time.monotonic() + 0.4
+    storm = time.monotonic() + 0.3
     while time.monotonic() < storm:
         os.kill(server.process.pid, signal.SIGHUP)
     os.kill(server.process.pid, signal.SIGTERM)
-    while server.process.poll() is None and time.monotonic() < storm + 10:
+    while server.process.poll() is None and time.monotonic() < storm + 30:
         os.kill(server.process.pid, signal.SIGHUP)
-    assert server.process.returncode == 0, server.process.returncode
+    assert server.process.returncode == 0
     assert "read again" in server.stderr() and "stopped:" in server.stderr()
+
+
+# --- Certificates ---
 
 
 def pem_pairs(folder, count):
@@ -1691,7 +1813,7 @@ def pem_pairs(folder, count):
     pairs = []
     for number in range(count):
         (folder / f"pair{number}").mkdir()
-        pairs.append([pathlib.Path(path).read_bytes().ljust(1000, b"\n") for path in sw.make_certificate(str(folder / f"pair{number}"))])
+        pairs.append([pathlib.Path(path).read_bytes().ljust(1000, b"\n") for path in make_certificate(folder / f"pair{number}")])
     return pairs
 
 
@@ -1716,70 +1838,66 @@ def write_in_place(live, _archive, _number, cert, key):
         os.utime(live / name, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-@pytest.mark.parametrize("renew", [swap_links, write_in_place])
-def test_a_renewed_certificate_is_served_to_new_connections_within_seconds(serve, tmp_path, renew):
+# One of them by the receiver's own pace: it looks every two seconds.
+@pytest.mark.parametrize(("renew", "limits"), [(swap_links, {}), (write_in_place, {"LOOK_SECONDS": 0.1})], ids=["certbot", "acme.sh"])
+def test_a_renewed_certificate_is_served_to_new_connections_within_seconds(serve, tmp_path, renew, limits):
     live, archive = tmp_path / "live", tmp_path / "archive"
     live.mkdir()
     archive.mkdir()
     old, new = pem_pairs(tmp_path, 2)
     swap_links(live, archive, 1, *old)
-    server = serve("--cert", str(live / "c.pem"), "--key", str(live / "k.pem"))
+    server = serve("--cert", str(live / "c.pem"), "--key", str(live / "k.pem"), limits=limits)
     first = served_certificate(server)
     with Peer(server.port) as kept:
         renew(live, archive, 2, *new)
-        server.wait_for("the new certificate", 5)
-        kept.send(post(event()))
-        assert served_certificate(server) != first and kept.answer()[0] == server.deliver(event())[0] == 200
-    assert "warning" not in server.stderr()
-
-
-def test_an_expired_certificate_is_served_with_a_warning(serve, tmp_path):
-    cert, key = sw.make_certificate(str(tmp_path))
-    if subprocess.run(["openssl", "x509", "-in", cert, "-signkey", key, "-days", "-1", "-out", str(tmp_path / "expired")], check=False).returncode:
-        pytest.skip("this openssl makes no expired certificate")
-    server = serve("--cert", str(tmp_path / "expired"), "--key", key)
-    server.wait_for(r"warning: --cert .*expired: certificate has expired; ")
-    assert server.deliver(event())[0] == 200
+        assert until(lambda: served_certificate(server) != first, 10)
+        assert kept.ask(post(event())) == server.deliver(event())[0] == 200
+    assert "the new certificate" in server.stderr() and "warning" not in server.stderr()
 
 
 def test_half_a_renewal_changes_nothing_until_it_is_whole(serve, tmp_path):
     (cert, key), (new_cert, new_key) = pem_pairs(tmp_path, 2)
     (tmp_path / "c.pem").write_bytes(cert)
     (tmp_path / "k.pem").write_bytes(key)
-    server = serve("--cert", str(tmp_path / "c.pem"), "--key", str(tmp_path / "k.pem"))
+    server = serve("--cert", str(tmp_path / "c.pem"), "--key", str(tmp_path / "k.pem"), limits={"LOOK_SECONDS": 0.1})
     first = served_certificate(server)
     (tmp_path / "c.pem").write_bytes(new_cert)
-    server.wait_for("do not belong together; the old certificate stays")
-    assert served_certificate(server) == first
+    assert until(lambda: served_certificate(server) == first and "do not belong together; the old certificate stays" in server.stderr())
     (tmp_path / "k.pem").write_bytes(new_key)
-    server.wait_for("the new certificate")
-    assert served_certificate(server) != first and server.deliver(event())[0] == 200
+    assert until(lambda: served_certificate(server) != first) and server.deliver(event())[0] == 200
 
 
-def test_a_certificate_that_vanishes_while_it_is_loaded_leaves_the_old_one(serve, certificate, tmp_path):
-    cert, copy = tmp_path / "c.pem", pathlib.Path(certificate[0]).read_bytes()
-    cert.write_bytes(copy)
-    server = serve("--cert", str(cert))
-    end = time.monotonic() + 1
-    while time.monotonic() < end:
-        server.process.send_signal(signal.SIGHUP)
-        time.sleep(0.0005)  # the file goes while it is being read
-        cert.unlink()
-        cert.write_bytes(copy)
-    assert server.deliver(event())[0] == 200 and "Traceback" not in server.stderr()
+def test_a_certificate_that_vanishes_while_it_is_loaded_leaves_the_old_one(serve, tmp_path):
+    cert, key = make_certificate(tmp_path)
+    server = serve("--cert", cert, "--key", key)
+    with faulty(server, "openat:error=ENOENT:when=2", cert):  # the first one only looks whether it is PEM
+        server.hang_up("cert.pem, --key")
+    assert "No such file or directory; the old settings stay in force" in server.stderr() and server.deliver(event())[0] == 200
+
+
+def test_an_expired_certificate_is_served_with_a_warning(serve, tmp_path):
+    cert, key = make_certificate(tmp_path)
+    words = ["openssl", "x509", "-in", cert, "-signkey", key, "-days", "-1", "-out", str(tmp_path / "expired")]
+    if subprocess.run(words, check=False, capture_output=True).returncode:
+        pytest.skip("this openssl makes no expired certificate")
+    server = serve("--cert", str(tmp_path / "expired"), "--key", key)
+    server.wait_for(r"warning: --cert .*expired: certificate has expired; ")
+    assert server.deliver(event())[0] == 200
+
+
+# --- Signals, secrets, a proxy in front, listeners of systemd, other systems ---
 
 
 def test_a_program_that_imports_main_has_its_signals_back_afterwards(tmp_path, monkeypatch):
-    for name, value in BOTH.items():
+    for name, value in OURS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
-    stopper = threading.Thread(
-        target=lambda: until(10, lambda: signal.getsignal(signal.SIGHUP) != before[2]) and os.kill(os.getpid(), signal.SIGTERM))
-    stopper.start()
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [*map(signal.getsignal, numbers)]
+    (stopper,) = gather(1, lambda: until(lambda: signal.getsignal(signal.SIGHUP) != before[2]) and os.kill(os.getpid(), signal.SIGTERM))
     assert sw.main(["--behind-proxy", "--port", "0"]) == 0
     stopper.join()
-    assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] and signal.set_wakeup_fd(-1) == -1
+    assert before == [*map(signal.getsignal, numbers)] and signal.set_wakeup_fd(-1) == -1
 
 
 def test_sighup_reads_the_secrets_again(serve, tmp_path):
@@ -1787,13 +1905,13 @@ def test_sighup_reads_the_secrets_again(serve, tmp_path):
     env.write_text(f"SKYPE_API_SECRET={SECRET.decode()}\n")
     server = serve("--env-file", str(env), SKYPE_API_SECRET="")
     body = event()
-    env.write_text(f"SKYPE_API_SECRET=new\nSKYPE_API_SECRET_PREVIOUS={SECRET.decode()}\n")
-    server.process.send_signal(signal.SIGHUP)
-    server.wait_for("read again")
+    env.write_text(f"SKYPE_API_SECRET=new\nSKYPE_API_SECRET_PREVIOUS={SECRET.decode()}\nSKYPE_MAX_CONNECTIONS=1\n")
+    server.hang_up("read again; a restart is needed for: max_connections")
+    with Peer(server.port) as one, Peer(server.port) as two:
+        assert [peer.ask(HEALTH) for peer in (one, two, one)] == [200] * 3
     assert server.deliver(body)[0] == server.deliver(body, authorization="Bearer " + token(body, secret=b"new"))[0] == 200
     env.write_text("SKYPE_API_SECRET=newest\nSKYPE_LEEWAY=x\n")
-    server.process.send_signal(signal.SIGHUP)
-    server.wait_for("the old settings stay")
+    server.hang_up("the old settings stay")
     assert server.deliver(event())[0] == 200
 
 
@@ -1805,22 +1923,19 @@ def test_a_secret_in_the_environment_may_be_any_bytes(serve):
 
 
 def test_a_start_with_closed_descriptors_keeps_the_log_to_events(certificate, start, tmp_path):
-    def words(command):
-        return ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, HERE / "skype_webhook.py", *command]
+    def begin(*command):
+        return start("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *PROGRAM, *command, env={**CLEAN, **OURS})
 
     log, port, body = tmp_path / "events.jsonl", free_port(), event()
-    environment = {**os.environ, "SKYPE_API_KEY": KEY, "SKYPE_API_SECRET": SECRET.decode()}
-    receiver = start(*words(["--cert", certificate[0], "--key", certificate[1], "--host", "127.0.0.1", "--port", port, "--log", log]), env=environment)
-    assert until(10, lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
+    receiver = begin("--cert", certificate[0], "--key", certificate[1], "--host", "127.0.0.1", "--port", port, "--log", log)
+    assert until(lambda: listens(port))
     with Peer(port) as peer:
-        peer.send(post(body))
-        assert peer.answer()[0] == 200
+        assert peer.ask(post(body)) == 200
     for command in (["send", f"https://localhost:{port}/", "--ca", certificate[0], "--count", 2], ["timeline", log]):
-        assert start(*words(command), env=environment).wait(10) == 0, command
+        assert begin(*command).wait(30) == 0, command
     receiver.terminate()
-    assert receiver.wait(10) == 0
-    lines = [json.loads(line) for line in log.read_bytes().splitlines()]
-    assert len(lines) == 3 and lines[0]["id"] == hashlib.sha256(body).hexdigest()
+    assert receiver.wait(30) == 0
+    assert len(ids_in(log)) == 3 and ids_in(log)[0] == sha256(body)
 
 
 def test_a_stderr_that_nobody_reads_keeps_no_sender_and_no_stop_waiting(certificate, start, tmp_path):
@@ -1831,20 +1946,18 @@ def test_a_stderr_that_nobody_reads_keeps_no_sender_and_no_stop_waiting(certific
             pass
     os.set_blocking(full, True)
     port = free_port()
-    receiver = start(sys.executable, HERE / "skype_webhook.py", "--cert", certificate[0], "--key", certificate[1], "--host", "127.0.0.1",
-                     "--port", port, "--log", tmp_path / "events.jsonl", "--max-connections", 2, stderr=full,
-                     env={**os.environ, "SKYPE_API_KEY": KEY, "SKYPE_API_SECRET": SECRET.decode()})
-    assert until(10, lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
+    receiver = start(*PROGRAM, "--cert", certificate[0], "--key", certificate[1], "--host", "127.0.0.1", "--port", port,
+                     "--log", tmp_path / "events.jsonl", "--max-connections", 2, stderr=full, env={**CLEAN, **OURS})
+    assert until(lambda: listens(port))
     for _ in range(3):
-        with Peer(port, tls=False, timeout=3) as peer:
-            peer.send(HEALTH)
-            assert peer.answer()[0] == 400
-    with Peer(port, timeout=3) as peer:
-        peer.send(post(event()))
-        assert peer.answer()[0] == 200
+        with Peer(port, tls=False) as peer:
+            assert peer.ask(HEALTH) == 400
+    with Peer(port) as peer:
+        assert peer.ask(post(event())) == 200
     receiver.terminate()
-    assert receiver.wait(10) == 0
-    os.close(unread), os.close(full)
+    assert receiver.wait(30) == 0
+    os.close(unread)
+    os.close(full)
 
 
 def test_behind_a_proxy_the_address_that_it_saw_is_named(serve):
@@ -1861,7 +1974,8 @@ PROXIES = {
 daemon off; master_process off; pid {folder}/pid; error_log {folder}/errors; events {{}}
 http {{
     log_format requests '$upstream_status|$status|$request'; access_log {folder}/requests requests;
-    client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder}; uwsgi_temp_path {folder}; scgi_temp_path {folder};
+    client_body_temp_path {folder}; proxy_temp_path {folder};
+    fastcgi_temp_path {folder}; uwsgi_temp_path {folder}; scgi_temp_path {folder};
     client_header_timeout 200ms; client_body_timeout 200ms; lingering_close off; lingering_timeout 200ms;
     large_client_header_buffers 4 32k; client_max_body_size 2m;
     upstream receiver {{ server 127.0.0.1:{receiver}; keepalive 8; }}
@@ -1890,34 +2004,22 @@ backend receivers
 
 
 @pytest.mark.parametrize("proxy", PROXIES)
-def test_a_proxy_and_the_receiver_see_the_same_requests(serve, tmp_path, proxy):
-    program = shutil.which(proxy, path=os.environ["PATH"] + ":/usr/sbin")
-    if not program:
-        pytest.skip(f"{proxy} is not installed")
-    server = serve("--behind-proxy")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+def test_a_proxy_and_the_receiver_see_the_same_requests(serve, start, tmp_path, proxy):
+    server, port = serve("--behind-proxy"), free_port()
     flag, ending, configuration = PROXIES[proxy]
     (tmp_path / "configuration").write_text(configuration.format(folder=tmp_path, port=port, receiver=server.port))
-    with open(tmp_path / "requests", "wb") as requests, open(tmp_path / "errors", "wb") as errors:
-        process = subprocess.Popen([program, flag, str(tmp_path / "configuration")], stdout=requests, stderr=errors)
-    try:
-        while process.poll() is None:
-            with contextlib.suppress(OSError), Peer(port, tls=False):
-                break
-            time.sleep(0.005)
-        assert process.poll() is None, (tmp_path / "errors").read_text()
-        for case in FRAMING:
-            raw, due = framed(case)
-            with Peer(port, tls=False) as peer, contextlib.suppress(OSError):  # it can be refused before it is sent whole
-                peer.send(raw)
-                if due == (413,):  # more was promised than is sent
-                    peer.raw.shutdown(socket.SHUT_WR)
-                peer.file.read()
-        process.send_signal(ending)
-        process.wait(10)
-    finally:
-        process.kill()
+    with open(tmp_path / "requests", "wb") as requests:
+        process = start(proxy, flag, tmp_path / "configuration", stdout=requests)
+    assert until(lambda: listens(port))
+    for case in FRAMING:
+        raw, due = framed(case)
+        with Peer(port, tls=False) as peer, contextlib.suppress(OSError):  # it can be refused before it is sent whole
+            peer.send(raw)
+            if due == (413,):  # more was promised than is sent
+                peer.raw.shutdown(socket.SHUT_WR)
+            peer.file.read()
+    process.send_signal(ending)
+    process.wait(30)
     assert server.stop() == 0
     requests = re.findall(r"^([^|\n]+)\|([^|\n]+)\|(.*)$", (tmp_path / "requests").read_bytes().decode("latin-1"), re.MULTILINE)
     handed_on = [(request, status) for receiver, status, request in requests if receiver not in ("-", "<NOSRV>")]
@@ -1929,22 +2031,22 @@ def test_no_secret_token_or_unchecked_text_is_shown_anywhere(serve):
     server = serve(SKYPE_VIEW_PASSWORD="hush-password")
     body, now = event(), int(time.time())
     good = token(body)
-    bad = [token(body, secret=b"hush"), token(body, now - 60), token(body, iss="hush"), token(body, sub="hush"), good[:-1], good + "=", good + " hush",
-           jws(b'{"alg":"hush"}', payload(body, now)), jws(HEADER, payload(body, now)[:-1] + b',"hush":hush}')]
-    chunked = post(body, "Transfer-Encoding: chunked", length=False)[:-len(body)]
-    requests = [post(body, authorization=f"Bearer {each}") for each in bad] + [
-        post(body), post(body, "X-Hush: hush"), post(body, path="/hush?hush"), post(body).replace(b"POST", b"HUSH"), post(body, "Hush"), post(body, "X: hush\x1b\0"),
-        post(body, "Expect: hush"), post(body, "Transfer-Encoding: hush", length=False), post(body, "Content-Length: hush"), post(body, "Host: hush"),
-        post(body, "X: " + "hush" * 5000), post(body, f"Authorization: Bearer {good}"), post(body, authorization=good), chunked + b"hush\r\n",
-        chunked + b"0\r\nhush\r\n\r\n", post(event(currentStage={"value": "\x1b[2J\u202e\r\n"}, interviewCode="\x9b\u2066")),
+    bad = [token(body, secret=b"hush"), token(body, now - 60), token(body, iss="hush"), token(body, sub="hush"), good[:-1], good + "=",
+           good + " hush", jws(b'{"alg":"hush"}', payload(body, now)), jws(HEADER, payload(body, now)[:-1] + b',"hush":hush}')]
+    requests = [
+        *(post(body, authorization=f"Bearer {each}") for each in bad), *(post(body, field) for field in (
+            "X-Hush: hush", "Hush", "X: hush\x1b\0", "Expect: hush", "Content-Length: hush", "Host: hush", "X: " + "hush" * 5000,
+            f"Authorization: Bearer {good}")),
+        post(body), post(body, authorization=good), post(body, path="/hush?hush"), post(body).replace(b"POST", b"HUSH"),
+        post(body, "Transfer-Encoding: hush", length=False), chunked(body) + b"hush\r\n", chunked(body) + b"0\r\nhush\r\n\r\n",
+        post(event(currentStage={"value": "\x1b[2J\u202e\r\n"}, interviewCode="\x9b\u2066")),
         *(f"GET / HTTP/1.1\r\nHost: x\r\n{basic(password)}\r\n\r\n".encode() for password in ("hush-password", "hush"))]
-    shown = b""
+    shown = pathlib.Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
     for request in requests:
         with Peer(server.port) as peer:
             peer.send(request)
             status, fields, content = peer.answer()
-            shown += repr((status, fields)).encode() + content.replace(sw.PAGE.encode(), b"")
-    shown += pathlib.Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
+            shown += repr((status, fields)).encode() + content * ("html" not in fields["content-type"])
     assert server.stop() == 0
     told = server.errors.read_bytes()  # one line a request, but for the page; listening, stopping, stopped
     assert told.count(b"\n") == len(requests) + 2 and re.fullmatch(rb"[ -~\n]*", told)
@@ -1953,17 +2055,95 @@ def test_no_secret_token_or_unchecked_text_is_shown_anywhere(serve):
     assert [needle for needle in needles if needle in shown.lower() or needle in shown] == []
 
 
+def start_on(listener, folder, certificate, count="1"):
+    """Start a receiver as systemd does with a socket unit: the listener is descriptor 3; return it and its first line."""
+    words = [sys.executable, "-c", "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid());"
+             "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])", str(listener.fileno()), *PROGRAM[1:],
+             "--cert", certificate[0], "--key", certificate[1]]
+    environment = {**CLEAN, **OURS, "LISTEN_FDS": count}
+    with open(folder / "stderr", "ab") as errors:
+        begin = errors.tell()
+        process = subprocess.Popen(words, cwd=folder, env=environment, stderr=errors, pass_fds=[listener.fileno()])
+    assert until(lambda: b"\n" in (folder / "stderr").read_bytes()[begin:])
+    return process, (folder / "stderr").read_text()[begin:].partition("\n")[0]
+
+
+def test_listening_sockets_are_taken_over(tmp_path, certificate):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        process, first = start_on(listener, tmp_path, certificate)
+        assert f"listening on https://127.0.0.1:{listener.getsockname()[1]}/" in first
+        process.terminate()
+        assert process.wait(40) == 0
+
+
+@pytest.mark.parametrize(("count", "of", "why"), [("x", ("127.0.0.1", 0), "not a count"), ("0", ("127.0.0.1", 0), "not a count"),
+                                                  ("2", ("127.0.0.1", 0), "LISTEN_FDS=2: "), ("1", None, "not a listening TCP socket")])
+def test_odd_listening_sockets_end_the_start_with_one_line(tmp_path, certificate, count, of, why):
+    with socket.create_server(of) if of else socket.socket() as listener:
+        process, first = start_on(listener, tmp_path, certificate, count)
+        assert why in first and process.wait(40) == 2
+
+
+def test_listening_sockets_that_are_meant_for_another_process_are_left_alone(serve):
+    server = serve(LISTEN_FDS="x", LISTEN_PID="1")
+    assert server.deliver(event())[0] == 200
+
+
+def test_restarts_on_a_passed_socket_under_load_refuse_no_connection(tmp_path, certificate):
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
+        process, _ = start_on(listener, tmp_path, certificate)
+        with delivering(listener.getsockname()[1]) as (acknowledged, refused):
+            for _ in range(3):
+                grows(acknowledged, 50)
+                process.terminate()
+                assert process.wait(40) == 0
+                process, _ = start_on(listener, tmp_path, certificate)
+        process.terminate()
+        assert process.wait(40) == 0 and refused == []
+    assert sorted(ids_in(tmp_path / "events.jsonl")) == sorted(acknowledged)
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_systemd_is_told_what_happens(serve, tmp_path, abstract):
+    path = f"\0skype_webhook_test.{uuid.uuid4()}" if abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(path)
+        systemd.settimeout(10)
+        server = serve(NOTIFY_SOCKET=path.replace("\0", "@"))
+        assert systemd.recv(100) == b"READY=1"
+        before = time.monotonic_ns() // 1000
+        server.process.send_signal(signal.SIGHUP)
+        moment = re.fullmatch(rb"RELOADING=1\nMONOTONIC_USEC=(\d+)", systemd.recv(100))[1]
+        assert before <= int(moment) <= time.monotonic_ns() // 1000 and systemd.recv(100) == b"READY=1"
+        assert server.stop() == 0 and systemd.recv(100) == b"STOPPING=1"
+
+
+def test_a_notify_socket_that_is_not_there_costs_a_warning(serve, tmp_path):
+    server = serve(NOTIFY_SOCKET=str(tmp_path / "missing"))
+    server.wait_for("warning: NOTIFY_SOCKET .*missing.*READY=1")
+    assert server.deliver(event())[0] == 200
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ("sys.modules['fcntl'] = None; del os.fdatasync, os.O_DIRECTORY, signal.SIGHUP",
+     "warning: on this system no lock keeps .* log that was just begun .* restart only"),  # Windows
+    ("import fcntl; del os.fdatasync; fcntl.F_FULLFSYNC = 51; fcntl.fcntl = lambda fd, what: os.write(2, b'synced by %d\\n' % what)",
+     "(synced by 51\n)+.* recorded "),  # macOS
+], ids=["windows", "macos"])
+def test_other_systems_serve_and_say_what_they_lack(serve, tmp_path, changes, said):
+    (tmp_path / "sitecustomize.py").write_text(f"import os, signal, sys; {changes}\n")
+    server = serve(PYTHONPATH=str(tmp_path))
+    assert server.deliver(event())[0] == 200
+    server.log.rename(tmp_path / "rotated")
+    assert server.deliver(event())[0] == 200 and len(server.ids()) == 1
+    server.wait_for(said)
+    assert server.stop() == 0
+
+
+# --- The live view ---
+
+
 PASSWORD = "p\u00e4ssw\u00f6rt"
-
-
-def basic(password=PASSWORD):
-    return "Authorization: Basic " + base64.b64encode(f"anyone:{password}".encode()).decode()
-
-
-def get(server, path="/", *fields):
-    with Peer(server.port) as peer:
-        peer.send("\r\n".join([f"GET {path} HTTP/1.1", "Host: localhost", *fields, "", ""]).encode())
-        return peer.answer()
 
 
 class Stream(Peer):
@@ -1971,7 +2151,7 @@ class Stream(Peer):
 
     def __init__(self, port, path="/events", *fields):
         super().__init__(port)
-        self.send("\r\n".join([f"GET {path} HTTP/1.1", "Host: localhost", basic(), *fields, "", ""]).encode())
+        self.send("\r\n".join([f"GET {path} HTTP/1.1", "Host: localhost", basic(PASSWORD), *fields, "", ""]).encode())
         self.status = self.answer()[0]
 
     def next(self):
@@ -1988,82 +2168,100 @@ class Stream(Peer):
 def test_without_a_password_there_is_no_live_view(serve):
     server = serve("--path", "/hook")
     assert [get(server, path)[0] for path in ("/", "/events")] == [404, 404]
-    assert get(server, "/hook")[:2][1]["allow"] == "POST"
+    assert get(server, "/hook")[1]["allow"] == "POST"
 
 
-def test_the_page_needs_the_password_and_has_a_strict_policy(serve):
-    server = serve(SKYPE_VIEW_PASSWORD=PASSWORD)
+@pytest.fixture
+def view(serve):
+    """A receiver with the live view, whose viewers look often."""
+    return serve(SKYPE_VIEW_PASSWORD=PASSWORD, limits={"VIEW_PAUSE": 0.02})
+
+
+def test_the_view_needs_its_password(view):
     for path in ("/", "/events"):
-        status, fields, _ = get(server, path)
-        assert (status, fields["www-authenticate"]) == (401, 'Basic realm="skype_webhook", charset="UTF-8"')
-    status, fields, page = get(server, "/", basic())
+        for given in ([], ["Authorization: Bearer x"], ["Authorization: Basic x"], [basic("")], [basic(PASSWORD + "x")]):
+            status, fields, _ = get(view, path, *given)
+            assert (status, fields["www-authenticate"]) == (401, 'Basic realm="skype_webhook", charset="UTF-8"')
+    for _ in range(30):
+        get(view, "/", basic("w\u2603rong"))
+    status, fields, _ = get(view, "/", basic(PASSWORD))
+    assert status == 429 and 0 < int(fields["retry-after"]) <= 60
+    assert view.deliver(event())[0] == 200
+
+
+def test_the_page_has_a_strict_policy(view):
+    status, fields, page = get(view, "/", basic(PASSWORD).replace("Basic", "bASIC "))
     assert status == 200 and page.startswith(b"<!doctype html>")
     policy = fields["content-security-policy"]
     assert "unsafe" not in policy and "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
     script = page.partition(b"<script>")[2].partition(b"</script>")[0]
     assert base64.b64encode(hashlib.sha256(script).digest()).decode() in policy
     assert (fields["cache-control"], fields["referrer-policy"], fields["x-content-type-options"]) == ("no-store", "no-referrer", "nosniff")
-    for _ in range(30):
-        assert get(server, "/", basic("w\u2603rong"))[0] == 401
-    status, fields, _ = get(server, "/", basic())
-    assert status == 429 and 0 < int(fields["retry-after"]) <= 60
-    assert server.deliver(event())[0] == 200
 
 
-def test_the_stream_misses_and_repeats_nothing_over_reconnection_and_rotation(serve):
-    server = serve(SKYPE_VIEW_PASSWORD=PASSWORD)
+def test_the_stream_misses_and_repeats_nothing_over_reconnection_and_rotation(view):
     bodies = [event() for _ in range(6)]
-    ids = [hashlib.sha256(body).hexdigest() for body in bodies]
+    ids = [sha256(body) for body in bodies]
 
     def place():
         _, name, told = stream.next()
         assert name == "log"
         return told["log"], told["at"]
 
-    with Stream(server.port, "/events?log=") as stream:
+    with Stream(view.port, "/events?log=") as stream:
         assert place() == ("", 0)
-        server.deliver(bodies[0])
+        view.deliver(bodies[0])
         first = stream.next()
-        assert (first[0], first[2]["id"]) == (server.log.stat().st_size, ids[0])
+        assert (first[0], first[2]["id"]) == (view.log.stat().st_size, ids[0])
         known = place()
-        server.deliver(bodies[1])
+        view.deliver(bodies[1])
         assert stream.next()[2]["id"] == ids[1] and place()[0] == known[0]
-        server.log.rename(server.log.with_name("events.jsonl.1"))
-        server.deliver(bodies[2])
+        view.log.rename(view.log.with_name("events.jsonl.1"))
+        view.deliver(bodies[2])
         assert place() != known and stream.next()[2]["id"] == ids[2] and place()[0] != known[0]
-        os.truncate(server.log, 0)
-        server.deliver(bodies[3])
+        os.truncate(view.log, 0)
+        view.deliver(bodies[3])
         assert place()[1] == 0 and stream.next()[2]["id"] == ids[3] and place()
-        server.log.rename(server.log.with_name("events.jsonl.2"))
-        server.deliver(bodies[4])
+        view.log.rename(view.log.with_name("events.jsonl.2"))
+        view.deliver(bodies[4])
         assert place()[1] == 0 and stream.next()[2]["id"] == ids[4]
-    with Stream(server.port, f"/events?log={known[0]}&after={first[0]}") as stream:  # asleep while the log was rotated, and emptied, and rotated
+    with Stream(view.port, f"/events?log={known[0]}&after={first[0]}") as stream:
+        # Asleep while the log was rotated, and emptied, and rotated.
         assert [told["id"] for _, name, told in (stream.next() for _ in range(9)) if name == "message"] == [ids[1], ids[3], ids[4]]
-    server.log.unlink()
-    server.deliver(bodies[5])
-    with Stream(server.port, "/events?log=gone&after=1") as stream:
+    view.log.unlink()
+    view.deliver(bodies[5])
+    with Stream(view.port, "/events?log=gone&after=1") as stream:
         assert stream.next()[1] == "log" and stream.next()[2]["id"] == ids[5]
         (now, at), another = place(), event()
-    with Stream(server.port, f"/events?log={now}&after={at}") as stream:  # the same file: nothing again
-        server.deliver(another)
-        assert place() == (now, at) and stream.next()[2]["id"] == hashlib.sha256(another).hexdigest()
+    with Stream(view.port, f"/events?log={now}&after={at}") as stream:  # the same file: nothing again
+        view.deliver(another)
+        assert place() == (now, at) and stream.next()[2]["id"] == sha256(another)
 
 
-def test_a_plain_reader_of_the_stream_gets_lines_of_the_log_alone(serve):
-    server = serve(SKYPE_VIEW_PASSWORD=PASSWORD)
+def test_a_viewer_waits_for_the_end_of_a_line(view):
+    _, whole = line(1)
+    with Stream(view.port) as stream, open(view.log, "ab", 0) as file:
+        file.write(whole[:100])
+        time.sleep(0.2)  # in which it looks about ten times
+        file.write(whole[100:])
+        assert stream.next()[2] == json.loads(whole)
+
+
+def test_a_plain_reader_of_the_stream_gets_lines_of_the_log_alone(view):
     for _ in range(3):
-        server.deliver(event())
-    lines = server.log.read_bytes().splitlines(keepends=True)
+        view.deliver(event())
+    lines = view.log.read_bytes().splitlines(keepends=True)
     ends = [sum(map(len, lines[:n + 1])) for n in range(3)]
-    for last, expected in ((None, 0), (0, 0), (ends[0], 1), (ends[1], 2), (ends[1] - 9, 2), (ends[2] + 1, 0), ("-1", 0), ("", 0), ("\u00b2", 0)):
-        with Stream(server.port, "/events", *([] if last is None else [f"Last-Event-ID: {last}"])) as stream:
+    for last, expected in ((None, 0), (0, 0), (ends[0], 1), (ends[1], 2), (ends[1] - 9, 2), (ends[2] + 1, 0), ("-1", 0), ("", 0),
+                           ("\u00b2", 0)):
+        with Stream(view.port, "/events", *([] if last is None else [f"Last-Event-ID: {last}"])) as stream:
             for n in range(expected, 3):
                 assert stream.next() == (ends[n], "message", json.loads(lines[n])), last
 
 
 def test_a_large_log_starts_at_its_end_and_earlier_events_can_be_had(serve, tmp_path):
     bodies = [event(interviewCode=f"code {n}") for n in range(3000)]
-    lines = [sw.format_line(sw.parse_event(body), body, time.time()) for body in bodies]
+    lines = [line_of(body) for body in bodies]
     (tmp_path / "events.jsonl").write_bytes(b"".join(lines) + b"foreign\n" + b" " * 99 + b"\n")
     server = serve(SKYPE_VIEW_PASSWORD=PASSWORD)
     with Stream(server.port, "/events?log=") as stream:
@@ -2082,22 +2280,33 @@ def test_sixteen_viewers_take_no_sender_s_place_and_do_not_delay_the_end(serve):
         assert Stream(server.port).status == 503
         assert server.deliver(event())[0] == 200
         streams.pop().close()
-        end = time.monotonic() + 10
-        while Stream(server.port).status == 503:
-            assert time.monotonic() < end
+        assert until(lambda: Stream(server.port).status == 200)
         begun = time.monotonic()
-        assert server.stop() == 0
-        assert time.monotonic() - begun < 3
+        assert server.stop() == 0 and time.monotonic() - begun < 10
+
+
+def test_a_silent_stream_has_a_heartbeat_and_ends_when_the_password_changes(serve, tmp_path):
+    (tmp_path / ".env").write_text(f"SKYPE_VIEW_PASSWORD={PASSWORD}\n")
+    server = serve(limits={"HEARTBEAT_SECONDS": 0.3})
+    with Stream(server.port) as stream:
+        assert [stream.file.readline() for _ in range(4)] == [b": heartbeat\n", b"\n"] * 2
+        (tmp_path / ".env").write_text("SKYPE_VIEW_PASSWORD=another\n")
+        server.hang_up("read again")
+        assert until(stream.ended)
+    assert get(server, "/", basic(PASSWORD))[0] == 401 and get(server, "/", basic("another"))[0] == 200
 
 
 class Browser:
     """Headless Chromium, driven over a pipe (the DevTools protocol: JSON, each message ended by NUL)."""
 
-    def __init__(self, program, folder):
+    def __init__(self, folder):
+        program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+        if not program:
+            pytest.skip("there is no Chromium here (Debian: apt-get install chromium)")
         there, self.to = os.pipe()
         self.back, back = os.pipe()
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--ignore-certificate-errors", "--no-first-run",
-                 "--disable-background-networking", "--remote-debugging-pipe", f"--user-data-dir={folder}", "about:blank"]
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--ignore-certificate-errors",
+                 "--no-first-run", "--disable-background-networking", "--remote-debugging-pipe", f"--user-data-dir={folder}", "about:blank"]
         self.process = subprocess.Popen(["bash", "-c", f'exec "$@" 3<&{there} 4>&{back}', "bash", program, *flags],
                                         pass_fds=(there, back), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(there)
@@ -2127,156 +2336,142 @@ class Browser:
     def run(self, script):
         return self.call("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
 
-    def wait_for(self, script, seconds=20):
-        end = time.monotonic() + seconds
-        while not self.run(script):
-            assert time.monotonic() < end, (script, self.run("document.body.innerText"))
-            time.sleep(0.05)
+    def wait_for(self, script):
+        assert until(lambda: self.run(script)), (script, self.run("document.body.innerText"))
 
     def close(self):
         self.process.kill()
         self.process.wait()
 
 
-@pytest.fixture
-def browser(tmp_path):
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not program:
-        pytest.skip("there is no Chromium here (Debian: apt-get install chromium)")
-    opened = Browser(program, tmp_path / "browser")
-    yield opened
-    opened.close()
+def test_a_delivery_shows_up_in_the_browser_and_hostile_text_stays_text(serve, tmp_path):
+    with contextlib.closing(Browser(tmp_path / "browser")) as browser:
+        server = serve(SKYPE_VIEW_PASSWORD="pass")
+        browser.call("Page.navigate", url=f"https://viewer:pass@localhost:{server.port}/")
+        browser.wait_for("document.querySelector('#state.live') && !document.querySelector('#empty').hidden")
+        hostile = '<script>alert(1)</script>"><img src=x onerror=alert(2)>\u202etxet'
+        for n, text in enumerate((hostile, "x" * 10_000)):
+            stage = {"value": hostile if n == 0 else "InterviewStarted", "metadata": text}
+            assert server.deliver(event(interviewCode=f"{n} {hostile}", currentStage=stage))[0] == 200
+        browser.wait_for("document.querySelectorAll('#rows tr').length == 2")
+        shown = browser.run("document.body.textContent")
+        assert "<script>alert(1)</script>\"><img src=x onerror=alert(2)>\\u202etxet" in shown and "\u202e" not in shown
+        assert browser.run("document.querySelectorAll('img, #rows script').length") == 0
+        for width in (390, 1280):
+            browser.call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False)
+            assert browser.run("document.documentElement.scrollWidth") <= width
+        server.log.rename(server.log.with_name("events.jsonl.1"))
+        browser.run("document.querySelector('#rows a').focus()")
+        held = browser.run("document.activeElement.textContent")
+        server.deliver(event(interviewCode="after the rotation"))
+        browser.wait_for("document.querySelector('#rows').textContent.includes('after the rotation')")
+        assert browser.run("document.activeElement.textContent") == held
+        assert browser.run("document.querySelectorAll('#rows tr').length") == 3
+        server.deliver(event(interviewCode="after the rotation", previousStage={"value": "InterviewStarted"},
+                             timestamp="2018-02-26T18:50:18Z"))
+        browser.wait_for("document.querySelector('.gap')?.textContent.startsWith('gap: came from InterviewStarted')")
+        assert "1 h" in browser.run("document.querySelector('#rows ol').textContent")
+        browser.run("location.hash = 'rotation'")
+        browser.wait_for("document.querySelectorAll('#rows tr').length == 1")
+        urls = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
+        ours = re.compile(rf"https://(viewer:pass@)?localhost:{server.port}/|data:")
+        assert urls and all(map(ours.match, urls)), urls
+        noise = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
+        assert [e for e in browser.events if e["method"] in noise and "401" not in json.dumps(e)] == []
+        assert server.stop() == 0
+        browser.wait_for("document.querySelector('#state').textContent == 'reconnecting'")
 
 
-def test_a_delivery_shows_up_in_the_browser_and_hostile_text_stays_text(serve, browser):
-    server = serve(SKYPE_VIEW_PASSWORD="pass")
-    browser.call("Page.navigate", url=f"https://viewer:pass@localhost:{server.port}/")
-    browser.wait_for("document.querySelector('#state.live') && !document.querySelector('#empty').hidden")
-    hostile = '<script>alert(1)</script>"><img src=x onerror=alert(2)>\u202etxet'
-    for n, text in enumerate((hostile, "x" * 10_000)):
-        stage = {"value": hostile if n == 0 else "InterviewStarted", "metadata": text}
-        assert server.deliver(event(interviewCode=f"{n} {hostile}", currentStage=stage))[0] == 200
-    browser.wait_for("document.querySelectorAll('#rows tr').length == 2")
-    shown = browser.run("document.body.textContent")
-    assert "<script>alert(1)</script>\"><img src=x onerror=alert(2)>\\u202etxet" in shown and "\u202e" not in shown
-    assert browser.run("document.querySelectorAll('img, #rows script').length") == 0
-    for width in (390, 1280):
-        browser.call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False)
-        assert browser.run("document.documentElement.scrollWidth") <= width
-    server.log.rename(server.log.with_name("events.jsonl.1"))
-    browser.run("document.querySelector('#rows a').focus()")
-    held = browser.run("document.activeElement.textContent")
-    server.deliver(event(interviewCode="after the rotation"))
-    browser.wait_for("document.querySelector('#rows').textContent.includes('after the rotation')")
-    assert browser.run("document.activeElement.textContent") == held
-    assert browser.run("document.querySelectorAll('#rows tr').length") == 3
-    server.deliver(event(interviewCode="after the rotation", previousStage={"value": "InterviewStarted"}, timestamp="2018-02-26T18:50:18Z"))
-    browser.wait_for("document.querySelector('.gap')?.textContent.startsWith('gap: came from InterviewStarted')")
-    assert "1 h" in browser.run("document.querySelector('#rows ol').textContent")
-    browser.run("location.hash = 'rotation'")
-    browser.wait_for("document.querySelectorAll('#rows tr').length == 1")
-    urls = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
-    assert urls and all(url.split("@")[-1].removeprefix("https://").startswith((f"localhost:{server.port}/", "data:")) for url in urls), urls
-    noise = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
-    assert [e for e in browser.events if e["method"] in noise and "401" not in json.dumps(e)] == []
-    assert server.stop() == 0
-    browser.wait_for("document.querySelector('#state').textContent == 'reconnecting'")
-
-
-# --- Sender and timeline ---
+# --- The sender ---
 
 
 def test_send_delivers_and_says_what_became_of_it(serve, certificate, tmp_path):
     server = serve()
-    url, both = f"https://localhost:{server.port}/", {"SKYPE_API_KEY": KEY, "SKYPE_API_SECRET": SECRET.decode()}
-    code, out, _ = run("send", url, "--ca", certificate[0], "--stage", "InterviewStarted", cwd=tmp_path, **both)
+    url = f"https://localhost:{server.port}/"
+    code, out, _ = run("send", url, "--ca", certificate[0], "--stage", "InterviewStarted", cwd=tmp_path, **OURS)
     assert code == 0 and out.startswith("recorded ") and server.lines()[-1]["data"]["currentStage"]["value"] == "InterviewStarted"
     (tmp_path / "event.json").write_bytes(body := event())
-    assert run("send", url, "--insecure", "--file", "event.json", cwd=tmp_path, **both)[0] == 0
-    assert server.ids()[-1] == hashlib.sha256(body).hexdigest()
-    code, out, _ = run("send", url, "--insecure", "--count", 50, "--concurrency", 4, cwd=tmp_path, **both)
+    assert run("send", url, "--insecure", "--file", "event.json", cwd=tmp_path, **OURS)[0] == 0
+    assert server.ids()[-1] == sha256(body)
+    code, out, _ = run("send", url, "--insecure", "--count", 50, "--concurrency", 4, cwd=tmp_path, **OURS)
     assert code == 0 and "50 delivered, 0 refused" in out and len(server.ids()) == 52
-    code, _, err = run("send", url, cwd=tmp_path, **both)
+    code, _, err = run("send", url, cwd=tmp_path, **OURS)
     assert code == 1 and "--ca" in err
-    code, _, err = run("send", url, "--insecure", cwd=tmp_path, **BOTH)
+    server.wait_for("TLS handshake failed: .*--cert the full chain")
+    code, _, err = run("send", url, "--insecure", cwd=tmp_path, **{**OURS, "SKYPE_API_SECRET": "other"})
     assert code == 1 and "401" in err and "signature" in err
     server.stop()
-    code, _, err = run("send", url, "--insecure", cwd=tmp_path, **both)
-    assert code == 1 and "refused" in err and "Traceback" not in err
+    code, _, err = run("send", url, "--insecure", cwd=tmp_path, **OURS)
+    assert code == 1 and "refused" in err
 
 
-def test_an_interrupted_send_says_what_was_delivered_and_does_not_end_with_0(serve, certificate, tmp_path):
+def test_an_interrupted_send_says_what_was_delivered_and_does_not_end_with_0(serve, certificate):
     server = serve()
-    words = [sys.executable, HERE / "skype_webhook.py", "send", f"https://localhost:{server.port}/", "--ca", certificate[0], "--count", "1000000"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          env={**os.environ, "SKYPE_API_KEY": KEY, "SKYPE_API_SECRET": SECRET.decode()}) as sender:
-        assert until(10, lambda: server.log.read_bytes().count(b"\n") > 20)
+    words = [*PROGRAM, "send", f"https://localhost:{server.port}/", "--ca", certificate[0], "--count", "1000000"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**CLEAN, **OURS}) as sender:
+        assert until(lambda: server.log.read_bytes().count(b"\n") > 20)
         sender.send_signal(signal.SIGINT)
-        out, err = sender.communicate(timeout=10)
+        out, err = sender.communicate(timeout=30)
     assert sender.returncode == 1 and err == "error: interrupted\n" and 20 <= int(out.split()[0]) <= len(server.ids())
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_stdout_that_is_full_ends_with_1_and_one_line(shared, certificate, tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}  # which would let each print fail at once
+@pytest.mark.parametrize("command", ["send", "timeline"])
+def test_a_stdout_that_is_full_ends_with_1_and_one_line(shared, certificate, tmp_path, command):
     shared.deliver(event())
-    for command in (["send", f"https://localhost:{shared.port}/", "--ca", certificate[0]], ["timeline", shared.log]):
-        with open("/dev/full", "w") as full:
-            done = subprocess.run([sys.executable, HERE / "skype_webhook.py", *command], stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-                                  env={**environment, "SKYPE_API_KEY": KEY, "SKYPE_API_SECRET": SECRET.decode()}, check=False)
-        assert (done.returncode, done.stderr) == (1, f"error: {command[0]}: No space left on device\n")
+    words = [*PROGRAM, command, *([f"https://localhost:{shared.port}/", "--ca", certificate[0]] if command == "send" else [shared.log])]
+    environment = {name: value for name, value in CLEAN.items() if name != "PYTHONUNBUFFERED"}  # which would let each print fail at once
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env={**environment, **OURS}, check=False)
+    assert (done.returncode, done.stderr) == (1, f"error: {command}: No space left on device\n")
 
 
 @pytest.mark.parametrize(("url", "outcome"), [
     ("https://localhost:99999/", 2), ("https://localhost:x/", 2), ("https://[::1/", 2), ("https://localhost/\xe4", 2), ("https://a b/", 2),
     ("localhost:8443", 2), (f"https://{'a' * 64}.example/", 1), ("https://a..b/", 1)])
 def test_what_is_no_url_is_said_in_a_line_and_never_counts_as_delivered(tmp_path, url, outcome):
-    code, out, err = run("send", url, cwd=tmp_path, **BOTH)
+    code, out, err = run("send", url, cwd=tmp_path, **OURS)
     assert (code, out, err.count("\n")) == (outcome, "", 1) and err.startswith("error: ") and "fault" not in err
 
 
-@pytest.mark.parametrize("answer", [b"\x1b[2J\r\n\r\n", b"HTTP/1.1 \x1b[2J\r\n\r\n",
-                                    b'HTTP/1.1 200 OK\r\n\r\n{"id":"\\u001b[2J\\u202e"}', b'HTTP/1.1 400 No\r\n\r\n{"detail":"\\u001b[2J\\u202e"}'])
-def test_what_a_hostile_receiver_answers_is_shown_escaped(tmp_path, answer):
+@pytest.mark.parametrize(("code", "answer"), [
+    (1, b"\x1b[2J\r\n\r\n"), (1, b"HTTP/1.1 \x1b[2J\r\n\r\n"), (0, b'HTTP/1.1 200 OK\r\n\r\n{"id":"\\u001b[2J\\u202e"}'),
+    (1, b'HTTP/1.1 400 No\r\n\r\n{"detail":"\\u001b[2J\\u202e"}')])
+def test_what_a_hostile_receiver_answers_is_shown_escaped(tmp_path, code, answer):
     def serve_once():
         with listener.accept()[0] as peer:
             peer.recv(65536)
             peer.sendall(answer)
             peer.shutdown(socket.SHUT_WR)
-            while peer.recv(65536):  # a close with unread bytes would reset
+            while peer.recv(65536):  # a close with data unread would reset
                 pass
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         gather(1, serve_once)
-        code, out, err = run("send", f"http://127.0.0.1:{listener.getsockname()[1]}/", cwd=tmp_path, **BOTH)
-    assert code == (0 if b"200" in answer else 1) and "\\x1b[2J" in out + err and not re.search("[\x1b\u202e\r]|Traceback", out + err), (out, err)
+        ended, *said = run("send", f"http://127.0.0.1:{listener.getsockname()[1]}/", cwd=tmp_path, **OURS)
+    assert ended == code and "\\x1b[2J" in "".join(said) and not re.search("[\x1b\u202e\r]", "".join(said)), said
 
 
 def test_demo_delivers_to_itself_and_ends_with_0(tmp_path):
-    demo = subprocess.Popen([sys.executable, str(HERE / "skype_webhook.py"), "demo"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, "TMPDIR": str(tmp_path)}, text=True)
+    demo = subprocess.Popen([*PROGRAM, "demo"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**CLEAN, "TMPDIR": str(tmp_path)})
     said = [demo.stdout.readline() for _ in range(8)]
+    (folder,) = tmp_path.iterdir()
+    assert [path.stat().st_mode & 0o077 for path in (folder, folder / ".env", folder / "events.jsonl", folder / "key.pem")] == [0] * 4
     demo.send_signal(signal.SIGINT)
-    out, err = demo.communicate(timeout=20)
-    assert demo.returncode == 0 and "200 recorded" in said[0] and json.loads(said[3])["data"]["currentStage"]["value"] == "SchedulingTime"
-    assert "1 recorded" in err and "Traceback" not in out + err
+    _, err = demo.communicate(timeout=30)
+    assert "200 recorded" in said[0] and json.loads(said[3])["data"]["currentStage"]["value"] == "SchedulingTime"
+    assert demo.returncode == 0 and "1 recorded" in err and "Traceback" not in err
+
+
+# --- The timeline ---
 
 
 def stage_lines(code, *changes):
     """Return log lines of one interview: (previous, stage, second of its time, second of its arrival)."""
-    lines = []
-    for previous, stage, second, arrival in changes:
-        body = event(interviewCode=code, previousStage={"value": previous}, currentStage={"value": stage},
-                     timestamp=f"2026-11-24T{10 + second // 3600}:{second // 60 % 60:02d}:{second % 60:02d}.0000001Z")
-        lines.append(sw.format_line(sw.parse_event(body), body, 1_800_000_000 + arrival))
-    return lines
-
-
-def run_timeline(*arguments, **environment):
-    done = subprocess.run([sys.executable, str(HERE / "skype_webhook.py"), "timeline", *map(str, arguments)], capture_output=True, text=True, check=False,
-                          env={**os.environ, "TZ": "UTC", **environment}, timeout=60)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
+    return [line_of(event(interviewCode=code, previousStage=previous and {"value": previous}, currentStage={"value": stage},
+                          timestamp=f"2026-11-24T{10 + second // 3600}:{second // 60 % 60:02d}:{second % 60:02d}.0000001Z"),
+                    1_800_000_000 + arrival) for previous, stage, second, arrival in changes]
 
 
 COURSE = (("InterviewCreated", "SchedulingTime", 0, 0), ("SchedulingCompleted", "InterviewStarted", 130, 1),
@@ -2286,95 +2481,140 @@ COURSE = (("InterviewCreated", "SchedulingTime", 0, 0), ("SchedulingCompleted", 
 def test_a_timeline_is_in_the_events_order_with_gaps_and_late_arrivals(tmp_path):
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     lines = stage_lines("code\u202e", *COURSE)
-    others = b'{"id":[],"recordedtime":"2026-11-24T10:00:00Z","data":{}}\n{"id":"","subject":1,"recordedtime":"2026-11-24T10:00:00Z","data":{}}\n'
+    others = b"".join(b'{%b,"recordedtime":"2026-11-24T10:00:00Z","data":{}}\n' % odd for odd in (b'"id":[]', b'"id":"","subject":1'))
     one.write_bytes(b"".join(lines[:3]) + b"   \nforeign\n{}\n" + others)
     two.write_bytes(b"".join(lines[2:]).rstrip(b"\n"))
-    done = run_timeline(one, two)
-    assert done.returncode == 0 and "skipped 1 blank and 4 foreign lines" in done.stderr
-    assert [line.split()[2] for line in done.stdout.splitlines()[1:] if line] == [
-        "SchedulingTime", "SchedulingCompleted", "InterviewStarted", "FeedbackCollecting"]
-    assert "code\\u202e" in done.stdout and "\x1b" not in done.stdout
-    text = [line for line in done.stdout.splitlines() if "gap" in line or "late" in line]
-    assert "late" in text[0] and "gap" in text[1] and "InterviewCompleted" in text[1] and len(text) == 2
-    assert "2026-11-24 10:00:00" in done.stdout and "for 1 min" in done.stdout and "for 57 min 40 s" in done.stdout
-    (line,) = run_timeline("--json", "--interview", "code\u202e", one, two).stdout.splitlines()
+    assert run("timeline", one, two, cwd=tmp_path) == (0, """code\\u202e
+  2026-11-24 10:00:00  SchedulingTime       for 1 min
+  2026-11-24 10:01:00  SchedulingCompleted  for 1 min 10 s  late: arrived after a later one
+  2026-11-24 10:02:10  InterviewStarted     for 57 min 40 s
+  2026-11-24 10:59:50  FeedbackCollecting   now  gap: came from InterviewCompleted
+
+""", "skipped 1 blank and 4 foreign lines\n")
+    (line,) = run("timeline", "--json", "--interview", "code\u202e", one, two, cwd=tmp_path)[1].splitlines()
     interview = json.loads(line)
-    assert line.count('"gap": true') == 1 and "false" not in line and interview["events"][0]["seconds"] == 60
-    assert interview["stage"] == "FeedbackCollecting" and [e.get("gap", False) for e in interview["events"]] == [False, False, False, True]
-    assert run_timeline("--json", "--interview", "other", one).stdout == ""
-    assert run_timeline(tmp_path / "none").returncode == 2
+    assert line.count('"gap": true') == line.count('"late": true') == 1 and "false" not in line
+    assert interview["stage"] == "FeedbackCollecting" and interview["events"][3]["gap"] and interview["events"][0]["seconds"] == 60
+    assert run("timeline", "--json", "--interview", "other", one, cwd=tmp_path)[1] == ""
+    assert run("timeline", tmp_path / "none", cwd=tmp_path)[0] == 2
 
 
-def test_a_timeline_leaves_out_times_that_their_offset_leads_out_of_the_calendar(tmp_path):
-    instants = {"0001-01-01T00:00:00+01:00": None, "9999-12-31T23:59:59.5-00:01": None,
-                "2000-03-01T00:30:00+01:00": "2000-02-29T23:30:00.0000000Z", "1969-12-31T23:59:59Z": "1969-12-31T23:59:59.0000000Z"}
-    bodies = [event(timestamp=sent) for sent in instants]
-    (tmp_path / "log").write_bytes(b"".join(sw.format_line(sw.parse_event(body), body, 0) for body in bodies))
-    interviews = [json.loads(line) for line in run_timeline("--json", tmp_path / "log").stdout.splitlines()]
-    assert len(interviews) == 4 and {interview["events"][0].get("time") for interview in interviews} == set(instants.values())
-    assert run_timeline(tmp_path / "log").stdout.count("SchedulingTime") == 4
+def test_a_timeline_shows_odd_events_too_and_hostile_text_escaped(tmp_path):
+    (tmp_path / "log").write_bytes(b"".join([
+        *stage_lines("plain", (None, "First", 0, 0), ("\x1b[2J", "Second\u202e", 1, 1)),
+        line_of(event(interviewCode="by arrival", timestamp=None), 1_800_000_000),
+        line_of(b'{"interviewCode":"base64","currentStage":{"value":"InterviewFailed"},"x":"\\ud800"}', 1_800_000_001), line_of(b"{}", 0)]))
+    assert run("timeline", "log", cwd=tmp_path)[1:] == ("""-
+  1970-01-01 00:00:00  -                    now
+
+plain
+  2026-11-24 10:00:00  First                for 1 s
+  2026-11-24 10:00:01  Second\\u202e         now  gap: came from \\x1b[2J
+
+by arrival
+  2027-01-15 08:00:00  SchedulingTime       now
+
+base64
+  2027-01-15 08:00:01  InterviewFailed      now
+
+""", "")
 
 
-def test_a_timeline_follows_the_log_over_its_rotation(tmp_path):
-    log = tmp_path / "events.jsonl"
-    lines = stage_lines("one", *COURSE)
+@pytest.mark.parametrize(("sent", "instant"), [
+    ("1970-01-01T00:00:01Z", "1970-01-01T00:00:01.0000000Z"), ("1970-01-01t01:00:00+01:00", "1970-01-01T00:00:00.0000000Z"),
+    ("1970-01-01T00:00:00-00:30", "1970-01-01T00:30:00.0000000Z"), ("2016-12-31T23:59:60Z", "2017-01-01T00:00:00.0000000Z"),
+    ("1970-01-01T00:00:00.00000019Z", "1970-01-01T00:00:00.0000001Z"), ("1969-12-31T23:59:59Z", "1969-12-31T23:59:59.0000000Z"),
+    ("2000-03-01T00:30:00+01:00", "2000-02-29T23:30:00.0000000Z"), ("0001-01-01T00:00:00+01:00", None),
+    ("9999-12-31T23:59:59.5-00:01", None)])
+def test_a_time_is_an_instant_left_out_where_its_offset_leads_out_of_the_calendar(tmp_path, capsys, sent, instant):
+    (tmp_path / "log").write_bytes(line_of(event(timestamp=sent)))
+    assert sw.main(["timeline", "--json", str(tmp_path / "log")]) == sw.main(["timeline", str(tmp_path / "log")]) == 0
+    line, *text = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["events"][0].get("time") == instant and "SchedulingTime" in text[1]
+
+
+def test_a_timeline_follows_the_log_over_its_rotation(start, tmp_path):
+    log, lines = tmp_path / "events.jsonl", stage_lines("one", *COURSE)
     log.write_bytes(lines[0])
-    process = subprocess.Popen([sys.executable, str(HERE / "skype_webhook.py"), "timeline", "--json", "--follow", str(log)],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
-        counts = [len(json.loads(process.stdout.readline())["events"])]
-        with open(log, "ab") as file:
-            file.write(lines[1])
-        counts.append(len(json.loads(process.stdout.readline())["events"]))
-        log.rename(tmp_path / "events.jsonl.1")
-        log.write_bytes(lines[2])
-        counts.append(len(json.loads(process.stdout.readline())["events"]))
-        assert counts == [1, 2, 3]
-        process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 0 and process.stderr.read() == b""
-    finally:
-        process.kill()
+    with open(tmp_path / "shown", "wb") as shown, open(tmp_path / "said", "wb") as said:
+        process = start(*PROGRAM, "timeline", "--json", "--follow", log, stdout=shown, stderr=said)
+
+    def steps():
+        return [len(json.loads(line)["events"]) for line in (tmp_path / "shown").read_bytes().splitlines()][-1:]
+
+    assert until(lambda: steps() == [1])
+    with open(log, "ab", 0) as file:
+        file.write(lines[1])
+        assert until(lambda: steps() == [2])
+        file.write(lines[2])
+        log.rename(tmp_path / "events.jsonl.1")  # with a line that it has not seen yet
+        log.write_bytes(lines[3])
+    assert until(lambda: steps() == [4])
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0 and (tmp_path / "said").read_bytes() == b""
+
+
+def test_a_timeline_that_nobody_reads_on_ends_with_0(tmp_path):
+    (tmp_path / "log").write_bytes(b"".join(line for number in range(2000) for line in stage_lines(f"code {number}", COURSE[0])))
+    words = [*PROGRAM, "timeline", str(tmp_path / "log")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=CLEAN) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(30) == 0
+
+
+@pytest.mark.parametrize(("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)], ids=str)
+def test_a_timeline_on_a_terminal_is_as_wide_and_coloured(start, tmp_path, environment, coloured):
+    (tmp_path / "log").write_bytes(stage_lines("code", COURSE[0])[0])
+    ours, its = os.openpty()
+    environment = {**CLEAN, "TZ": "UTC", "TERM": "xterm", "COLUMNS": "40", **environment}
+    process = start(*PROGRAM, "timeline", tmp_path / "log", stdout=its, env=environment)
+    assert process.wait(30) == 0
+    shown = os.read(ours, 10_000).decode().splitlines()[1]
+    assert shown == "\x1b[36m" * coloured + "  2026-11-24 10:00:00  SchedulingTime   " + "\x1b[0m" * coloured
+    os.close(ours)
+    os.close(its)
 
 
 # --- Settings and the command line ---
 
 
-# Each row: what differs from a good start (flags, environment), and what the one line has to hold.
+# Each row: the flags or the variable that differ from a good start, and what the one line has to hold.
 WRONG_STARTS = [
-    (["--cert", ""], {}, "--cert"), (["--key", ""], {}, "--key"), (["--cert", "missing.pem"], {}, "missing.pem"),
-    (["--cert", "KEY"], {}, "certificate"), (["--key", "CERT"], {}, "private key"), (["--key", "OTHER"], {}, "do not belong together"),
-    (["--key", "LOCKED"], {}, "encrypted"), (["--cert", "CUT"], {}, "cut short"), (["--cert", "empty"], {}, "no PEM certificate"),
-    (["--port", "65536"], {}, "--port"), (["--port", "8_0"], {}, "--port"), (["--port", "\u0663"], {}, "--port"),
-    (["--leeway", "-1"], {}, "--leeway"), (["--max-body", "0"], {}, "--max-body"), (["--max-connections", "x"], {}, "--max-connections"),
-    (["--request-timeout", "0"], {}, "--request-timeout"), (["--path", "hook"], {}, "--path"), (["--path", "/healthz"], {}, "--path"),
-    (["--host", "192.0.2.1"], {}, "--host"), (["--host", "no.such.host.invalid"], {}, "no.such.host"), (["--log", "/dev/null"], {}, "regular file"),
-    (["--log", "no/folder/log"], {}, "No such file"), (["--env-file", "missing.env"], {}, "missing.env"), (["--env-file", "bad.env"], {}, "line 2"),
-    (["--env-file", "nul.env"], {}, "NUL"), (["--\x1b[2J\u202e"], {}, "--\\x1b[2J\\u202e"),
-    (["--behind-proxy"], {}, "--behind-proxy"), (["--frobnicate"], {}, "--frobnicate"), (["--por", "1"], {}, "--por"), (["extra"], {}, "extra"),
-    ([], {"SKYPE_API_KEY": ""}, "SKYPE_API_KEY"), ([], {"SKYPE_API_SECRET": ""}, "SKYPE_API_SECRET"),
-    ([], {"SKYPE_API_KEY": "paste-your-api-key-here"}, "placeholder"), ([], {"SKYPE_API_SECRET": "paste-your-api-secret-here"}, "placeholder"),
-    ([], {"SKYPE_API_SECRET_FILE": "secret"}, "both"), ([], {"SKYPE_API_SECRET": "", "SKYPE_API_SECRET_FILE": "missing"}, "missing"),
-    ([], {"SKYPE_API_SECRET": "", "SKYPE_API_SECRET_FILE": "empty"}, "empty"), ([], {"SKYPE_API_KEY_PREVIOUS": "x"}, "PREVIOUS"),
-    ([], {"SKYPE_BEHIND_PROXY": "maybe"}, "--behind-proxy"), ([], {"SKYPE_LEEWAY": "1e3"}, "--leeway"),
+    ("--cert=", "--cert"), ("--key=", "--key"), ("--cert missing.pem", "missing.pem"), ("--cert KEY", "certificate"),
+    ("--key CERT", "private key"), ("--key OTHER", "do not belong together"), ("--key LOCKED", "encrypted"), ("--cert cut", "cut short"),
+    ("--cert empty", "no PEM certificate"),
+    ("--port 65536", "--port"), ("--port 8_0", "--port"), ("--port \u0663", "--port"),
+    ("--leeway -1", "--leeway"), ("--max-body 0", "--max-body"), ("--max-connections x", "--max-connections"),
+    ("--request-timeout 0", "--request-timeout"), ("--path hook", "--path"), ("--path /healthz", "--path"), ("--host 192.0.2.1", "--host"),
+    ("--host no.such.host.invalid", "no.such.host"), ("--log /dev/null", "regular file"), ("--log no/folder/log", "No such file"),
+    ("--env-file missing.env", "missing.env"), ("--env-file bad.env", "line 2"), ("--env-file nul.env", "NUL"),
+    ("--behind-proxy", "--cert"),
+    ("--frobnicate", "--frobnicate"), ("--por 1", "--por"), ("extra", "extra"), ("--\x1b[2J\u202e", "--\\x1b[2J\\u202e"),
+    ("SKYPE_API_KEY=", "SKYPE_API_KEY"), ("SKYPE_API_SECRET=", "SKYPE_API_SECRET"),
+    ("SKYPE_API_KEY=paste-your-api-key-here", "placeholder"), ("SKYPE_API_SECRET=paste-your-api-secret-here", "placeholder"),
+    ("SKYPE_API_SECRET_FILE=cut", "both"), ("SKYPE_API_SECRET= SKYPE_API_SECRET_FILE=missing", "missing"),
+    ("SKYPE_API_SECRET= SKYPE_API_SECRET_FILE=empty", "empty"), ("SKYPE_API_KEY_PREVIOUS=x", "PREVIOUS"),
+    ("SKYPE_BEHIND_PROXY=maybe", "--behind-proxy"), ("SKYPE_LEEWAY=1e3", "--leeway"),
 ]
 
 
-@pytest.mark.parametrize(("flags", "environment", "word"), WRONG_STARTS, ids=lambda value: str(value)[:40])
-def test_a_wrong_start_ends_with_one_line(tmp_path, certificate, flags, environment, word):
-    if "OTHER" in flags or "LOCKED" in flags:
-        other = sw.make_certificate(str(tmp_path))
-        subprocess.run(["openssl", "pkey", "-in", other[1], "-aes128", "-passout", "pass:x", "-out", str(tmp_path / "locked")], check=True)
+@pytest.mark.parametrize(("words", "said"), WRONG_STARTS, ids=[ascii(words) for words, _ in WRONG_STARTS])
+def test_a_wrong_start_ends_with_one_line(tmp_path, certificate, words, said):
+    if words in ("--key OTHER", "--key LOCKED"):
+        other = make_certificate(tmp_path)[1]
+        subprocess.run(["openssl", "pkey", "-in", other, "-aes128", "-passout", "pass:x", "-out", str(tmp_path / "locked")], check=True)
     (tmp_path / "bad.env").write_text("A=b\nnonsense\n")
     (tmp_path / "nul.env").write_text("SKYPE_LOG=a\0b\n")
-    for name in ("bad.env", "nul.env"):
-        (tmp_path / name).chmod(0o600)
+    for path in tmp_path.glob("*.env"):
+        path.chmod(0o600)
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "cut").write_bytes(pathlib.Path(certificate[0]).read_bytes()[:300])
-    names = {"CUT": tmp_path / "cut", "CERT": certificate[0], "KEY": certificate[1], "OTHER": tmp_path / "key.pem", "LOCKED": tmp_path / "locked"}
-    environment = {**BOTH, **environment}
-    words = ["--cert", certificate[0], "--key", certificate[1], "--port", "0", *(names.get(flag, flag) for flag in flags)]
-    code, out, err = run(*words, cwd=tmp_path, **environment)
-    assert (code, out) == (2, "") and err.count("\n") == 1 and word in err and "Traceback" not in err and "s3cret" not in err
+    named = {"CERT": certificate[0], "KEY": certificate[1], "OTHER": tmp_path / "key.pem", "LOCKED": tmp_path / "locked"}
+    environment = dict(word.split("=") for word in words.split() if word.startswith("SKYPE_"))
+    flags = [named.get(word, word) for word in words.split() if not word.startswith("SKYPE_")]
+    code, out, err = run("--cert", certificate[0], "--key", certificate[1], "--port", 0, *flags, cwd=tmp_path, **{**OURS, **environment})
+    assert (code, out) == (2, "") and err.count("\n") == 1 and said in err and SECRET.decode() not in err
 
 
 def test_main_returns_its_exit_code(capsys):
@@ -2385,140 +2625,86 @@ def test_main_returns_its_exit_code(capsys):
 def test_a_second_receiver_on_the_same_log_or_port_is_refused(serve, certificate, tmp_path):
     server = serve()
     words = ["--cert", certificate[0], "--key", certificate[1], "--host", "127.0.0.1"]
-    assert "another process" in run(*words, "--log", server.log, "--port", 0, cwd=tmp_path, **BOTH)[2]
-    code, _, err = run(*words, "--log", "other.jsonl", "--port", server.port, cwd=tmp_path, **BOTH)
+    assert "another process" in run(*words, "--log", server.log, "--port", 0, cwd=tmp_path, **OURS)[2]
+    code, _, err = run(*words, "--log", "other.jsonl", "--port", server.port, cwd=tmp_path, **OURS)
     assert code == 2 and "in use" in err and str(server.port) in err
 
 
-def start_on(listener, folder, certificate, count="1"):
-    """Start a receiver as systemd does with a socket unit: the listener is descriptor 3; return it and its first line."""
-    words = [sys.executable, "-c", "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid());"
-             "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])", str(listener.fileno()), str(HERE / "skype_webhook.py"),
-             "--cert", certificate[0], "--key", certificate[1]]
-    environment = {**os.environ, "SKYPE_API_KEY": KEY, "SKYPE_API_SECRET": SECRET.decode(), "LISTEN_FDS": count}
-    with open(folder / "stderr", "ab") as errors:
-        begin = errors.tell()
-        process = subprocess.Popen(words, cwd=folder, env=environment, stderr=errors, pass_fds=[listener.fileno()])
-    assert until(15, lambda: b"\n" in (folder / "stderr").read_bytes()[begin:])
-    return process, (folder / "stderr").read_text()[begin:].partition("\n")[0]
+# Each row: the env file, the environment and a flag, and the path that is served.
+@pytest.mark.parametrize(("file", "environment", "flag", "path"), [
+    ("# a comment\n\n SKYPE_PATH= /file \n", None, None, "/file"), ('SKYPE_PATH="/quoted"', None, None, "/quoted"),
+    ("SKYPE_PATH='/quoted'", None, None, "/quoted"), ("SKYPE_PATH=/first\nSKYPE_PATH=/last", None, None, "/last"),
+    ("SKYPE_PATH=/file", "", None, "/file"), ("SKYPE_PATH=/file", "/environment", None, "/environment"),
+    ("SKYPE_PATH=/file", "/environment", "/flag", "/flag"), ("", None, None, "/")])
+def test_a_flag_wins_over_the_environment_and_that_over_the_env_file(serve, tmp_path, file, environment, flag, path):
+    (tmp_path / ".env").write_text(file)
+    server = serve(*(["--path", flag] if flag else []), **({} if environment is None else {"SKYPE_PATH": environment}))
+    server.wait_for(f"listening on https://127.0.0.1:\\d+{path}, ")
 
 
-@pytest.mark.parametrize(("count", "word"), [("1", "listening on"), ("x", "LISTEN_FDS"), ("0", "LISTEN_FDS"), ("2", "LISTEN_FDS")])
-def test_listening_sockets_are_taken_over(tmp_path, certificate, count, word):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        process, first = start_on(listener, tmp_path, certificate, count)
-        assert word in first and (count != "1" or f":{listener.getsockname()[1]}/" in first)
-        if count == "1":
-            process.terminate()
-        assert process.wait(20) == (0 if count == "1" else 2)
+@pytest.mark.parametrize("previous", [{"SKYPE_API_SECRET_PREVIOUS": "old"},
+                                      {"SKYPE_API_SECRET_PREVIOUS_FILE": "old", "SKYPE_API_KEY_PREVIOUS": "another"}], ids=str)
+def test_secrets_can_be_in_files_and_a_previous_one_has_its_key_or_the_current_one(serve, tmp_path, previous):
+    for name in ("new", "old"):
+        (tmp_path / name).write_text(f"{name}\r\n")
+    server = serve(SKYPE_API_SECRET="", SKYPE_API_SECRET_FILE="new", **previous)
+    for secret, key in (("new", KEY), ("old", previous.get("SKYPE_API_KEY_PREVIOUS", KEY))):
+        body = event()
+        assert server.deliver(body, authorization="Bearer " + token(body, secret=secret.encode(), iss=key))[0] == 200
 
 
-def test_restarts_on_a_passed_socket_under_load_refuse_no_connection(tmp_path, certificate):
-    with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
-        process, _ = start_on(listener, tmp_path, certificate)
-        with delivering(listener.getsockname()[1]) as (acknowledged, refused):
-            for _ in range(3):
-                so_far = len(acknowledged)
-                assert until(10, lambda count=so_far: len(acknowledged) > count + 50)
-                process.terminate()
-                assert process.wait(20) == 0
-                process, _ = start_on(listener, tmp_path, certificate)
-        process.terminate()
-        assert process.wait(20) == 0 and refused == []
-    ids = [json.loads(line)["id"] for line in (tmp_path / "events.jsonl").read_bytes().splitlines()]
-    assert sorted(ids) == sorted(acknowledged)
+def test_without_a_host_all_addresses_of_both_families_are_listened_on(serve):
+    server = serve("--host", "")
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("this system has no dual-stack sockets")
+    server.wait_for(r"listening on https://\[::\]:")
+    with socket.create_connection(("::1", server.port), 30):
+        assert server.deliver(event())[0] == 200
+    server.wait_for(r" 127\.0\.0\.1:\d+ recorded ")
 
 
-@pytest.mark.parametrize("abstract", [False, True])
-def test_systemd_is_told_what_happens(serve, tmp_path, abstract):
-    path = f"\0skype_webhook_test.{uuid.uuid4()}" if abstract else str(tmp_path / "notify")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-        systemd.bind(path)
-        systemd.settimeout(10)
-        server = serve(NOTIFY_SOCKET=path.replace("\0", "@"))
-        assert systemd.recv(100) == b"READY=1"
-        before = time.monotonic_ns() // 1000
-        server.process.send_signal(signal.SIGHUP)
-        moment = re.fullmatch(rb"RELOADING=1\nMONOTONIC_USEC=(\d+)", systemd.recv(100))[1]
-        assert before <= int(moment) <= time.monotonic_ns() // 1000 and systemd.recv(100) == b"READY=1"
-        assert server.stop() == 0 and systemd.recv(100) == b"STOPPING=1"
-
-
-def test_a_notify_socket_that_is_not_there_costs_a_warning(serve, tmp_path):
-    server = serve(NOTIFY_SOCKET=str(tmp_path / "missing"))
-    server.wait_for("warning: NOTIFY_SOCKET .*missing.*READY=1")
-    assert server.deliver(event())[0] == 200
-
-
-@pytest.mark.parametrize(("changes", "said"), [
-    ("sys.modules['fcntl'] = None; del os.fdatasync, os.O_DIRECTORY, signal.SIGHUP",
-     "warning: on this system no lock keeps .* log that was just begun .* restart only"),  # Windows
-    ("import fcntl; del os.fdatasync; fcntl.F_FULLFSYNC = 51; fcntl.fcntl = lambda fd, what: os.write(2, b'whole sync %d\\n' % what)",
-     "(whole sync 51\n)+.* recorded "),  # macOS
-], ids=["windows", "macos"])
-def test_other_systems_serve_and_say_what_they_lack(serve, tmp_path, changes, said):
-    (tmp_path / "sitecustomize.py").write_text(f"import os, signal, sys; {changes}\n")
-    server = serve(PYTHONPATH=str(tmp_path))
-    assert server.deliver(event())[0] == 200
-    server.log.rename(tmp_path / "rotated")
-    assert server.deliver(event())[0] == 200 and len(server.ids()) == 1
-    server.wait_for(said)
-    assert server.stop() == 0
-
-
-def serve_options(*words):
-    return sw._make_parser("serve").parse_args(list(words))
-
-
-def test_flags_win_over_the_environment_and_that_over_the_env_file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in sw.NAMES:
-        monkeypatch.delenv(name, raising=False)
-    (tmp_path / ".env").write_text("# a comment\n\nSKYPE_API_KEY='from file'\nSKYPE_API_SECRET=\"s\"\nSKYPE_PORT=1\nSKYPE_PATH=/file\nSKYPE_LOG=f\n"
-                                   "SKYPE_API_SECRET_PREVIOUS=old\n")
-    monkeypatch.setenv("SKYPE_PORT", "2")
-    monkeypatch.setenv("SKYPE_PATH", "/environment")
-    monkeypatch.setenv("SKYPE_LOG", "")
-    settings = sw.load_serving(serve_options("--port", "3", "--behind-proxy"))
-    assert (settings.port, settings.path, settings.log, settings.host) == (3, "/environment", "f", "127.0.0.1")
-    assert settings.credentials == (sw.Credential("from file", b"s"), sw.Credential("from file", b"old"))
-    (tmp_path / "secret").write_bytes(b"in a file\r\n")
-    monkeypatch.setenv("SKYPE_API_SECRET_FILE", "secret")
-    assert sw.load_serving(serve_options("--behind-proxy")).credentials[0].api_secret == b"in a file"
+def test_behind_a_proxy_loopback_alone_is_listened_on_unless_a_host_is_named(serve):
+    serve("--behind-proxy", "--host", "").wait_for("listening on http://127.0.0.1:")
 
 
 def test_a_fault_is_told_by_its_kind_and_place_only(tmp_path, monkeypatch, capfd):
     def fault(*_):
-        raise RuntimeError(SECRET.decode())
+        raise RuntimeError("hush")
 
     monkeypatch.chdir(tmp_path)
-    for name, value in {**BOTH, "SKYPE_VIEW_PASSWORD": "hush"}.items():
+    for name, value in OURS.items():
         monkeypatch.setenv(name, value)
-    assert not re.search("hush|s3cret", repr(sw.load_settings(serve_options("--behind-proxy"))))
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     monkeypatch.setattr(sw, "Journal", fault)
     assert sw.main(["--behind-proxy", "--port", "0"]) == 1
     for thread in gather(1, fault):
         thread.join()
     told = capfd.readouterr().err
-    assert told.count("\n") == told.count(" fault RuntimeError in fault, line ") == 2 and SECRET.decode() not in told
+    assert told.count("\n") == told.count(" fault RuntimeError in fault, line ") == 2 and "hush" not in told
 
 
-@pytest.mark.parametrize("mode", [0o604, 0o640])
-def test_an_env_file_that_others_can_read_and_an_unknown_setting_are_warned_about(serve, tmp_path, mode):
+# Of our own, nobody else has anything to read; of another's (root's), we read it by our group.
+@pytest.mark.parametrize(("mode", "ours", "warned"), [(0o600, True, False), (0o640, True, True), (0o604, True, True), (0o640, False, False),
+                                                      (0o644, False, True)])
+def test_an_env_file_that_others_can_read_is_warned_about(serve, tmp_path, mode, ours, warned):
     (tmp_path / "open.env").write_text("SKYPE_PROT=1\n")
     (tmp_path / "open.env").chmod(mode)
+    if not ours:
+        if os.geteuid():
+            pytest.skip("only root can give a file away")
+        os.chown(tmp_path / "open.env", 65534, 65534)
     server = serve("--env-file", "open.env")
-    assert "chmod 600 open.env" in server.stderr() and "SKYPE_PROT" in server.stderr()
+    assert ("chmod 600 open.env" in server.stderr()) == warned
+    assert "warning: open.env line 1: there is no setting SKYPE_PROT" in server.stderr()
 
 
 def test_every_setting_is_documented_and_the_placeholders_are_refused(tmp_path):
     code, out, _ = run("--help", cwd=tmp_path)
-    example = (HERE / "example.env").read_text()
-    for name in sw.NAMES:
-        assert code == 0 and name in out and name in (HERE / "README.md").read_text() and re.search(rf"^#?{name}=", example, re.M)
-    for field in sw.SETTINGS.values():
-        assert not field.metadata["flag"] or field.metadata["flag"] in out
+    there = set(re.findall(r"SKYPE_[A-Z_]+[A-Z]", out))
+    example, page = ((HERE / name).read_text("utf-8") for name in ("example.env", "README.md"))
+    assert code == 0 and len(there) > 15 and there == set(re.findall(r"^#?(SKYPE_\w+)=", example, re.M))
+    assert there <= set(re.findall(r"SKYPE_[A-Z_]+[A-Z]", page))
+    assert set(re.findall(r"^  (--[a-z-]+)", out, re.M)) - set(re.findall(r"--[a-z-]+", page)) == {"--version"}
     code, _, err = run("--env-file", HERE / "example.env", "--behind-proxy", "--port", 0, cwd=tmp_path)
     assert code == 2 and "placeholder" in err
 
@@ -2546,14 +2732,12 @@ def test_a_changed_secret_refuses_no_event(serve, tmp_path):
     env.chmod(0o600)
     server = serve("--env-file", str(env), SKYPE_API_SECRET="")
     with delivering(server.port, secret=lambda: current[0]) as (acknowledged, refused):
-        for number, (text, then) in enumerate([("SKYPE_API_SECRET=second\nSKYPE_API_SECRET_PREVIOUS=first", "second"),
-                                               ("SKYPE_API_SECRET=second", "second"),
-                                               ("SKYPE_API_SECRET=third\nSKYPE_API_SECRET_PREVIOUS=second", "third")], 1):
+        for text, then in (("SKYPE_API_SECRET=second\nSKYPE_API_SECRET_PREVIOUS=first", "second"), ("SKYPE_API_SECRET=second", "second"),
+                           ("SKYPE_API_SECRET=third\nSKYPE_API_SECRET_PREVIOUS=second", "third")):
             env.write_text(text)
-            server.process.send_signal(signal.SIGHUP)
-            assert until(10, lambda count=number: server.stderr().count("were read again") == count)
-            current[0], so_far = then.encode(), len(acknowledged)
-            assert until(10, lambda count=so_far: len(acknowledged) > count + 30)
+            server.hang_up("were read again")
+            current[0] = then.encode()
+            grows(acknowledged, 30)
     assert refused == [] and sorted(server.ids()) == sorted(acknowledged)
     assert server.deliver(body := event(), authorization="Bearer " + token(body, secret=b"first"))[0] == 401
 
@@ -2570,10 +2754,6 @@ def test_a_log_folder_that_goes_is_503_until_it_is_back(serve, tmp_path):
     assert [len((tmp_path / folder / "events.jsonl").read_text().split()) > 0 for folder in ("gone", "logs")] == [True, True]
 
 
-def ids_in(*paths):
-    return [json.loads(line)["id"] for path in paths for line in path.read_bytes().splitlines() if line.strip()]
-
-
 def test_logrotate_under_load_loses_nothing_and_tail_sees_every_line(serve, start, tmp_path):
     server = serve()
     logrotate, rules = program("logrotate"), tmp_path / "rules"
@@ -2583,26 +2763,20 @@ def test_logrotate_under_load_loses_nothing_and_tail_sees_every_line(serve, star
         start("tail", "-n", "+1", "-F", server.log, stdout=seen, stderr=subprocess.DEVNULL)
     with delivering(server.port) as (acknowledged, refused):
         for _ in range(4):
-            so_far = len(acknowledged)
-            assert until(10, lambda count=so_far: len(acknowledged) > count + 30)
+            grows(acknowledged, 30)
+            last = acknowledged[-1].encode()  # to be seen before: a tail that is passed by two rotations misses lines
+            assert until(lambda last=last: last in (tmp_path / "seen").read_bytes())
             subprocess.run([logrotate, "-f", "-s", tmp_path / "state", rules], check=True)
     for packed in tmp_path.glob("events.jsonl.*.gz"):
         subprocess.run(["gunzip", packed], check=True)
     files = sorted(tmp_path.glob("events.jsonl*"))
     assert len(files) == 5 and {path.stat().st_mode & 0o777 for path in files} == {0o600}
     assert refused == [] and sorted(ids_in(*files)) == sorted(acknowledged)
-    assert until(10, lambda: len((tmp_path / "seen").read_bytes().splitlines()) == len(acknowledged))
-    assert sorted(ids_in(tmp_path / "seen")) == sorted(acknowledged)
-
-
-def nginx(start, folder, certificate, port, receivers):
-    proxied = (readme("<b>nginx</b>").replace("127.0.0.1:8443", f"127.0.0.1:{receivers[0]}").replace("listen 443", f"listen 127.0.0.1:{port}")
-               .replace("/etc/letsencrypt/live/your.host/fullchain.pem", certificate[0])
-               .replace("/etc/letsencrypt/live/your.host/privkey.pem", certificate[1]))
-    temporary = "".join(f"{name}_temp_path {folder};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
-    (folder / "nginx.conf").write_text(f"pid {folder}/pid; error_log stderr; daemon off; master_process off; events {{}}\n"
-                                       f"http {{ access_log off; {temporary}\n{proxied}}}\n")
-    start("nginx", "-c", folder / "nginx.conf")
+    assert until(lambda: ids_in(tmp_path / "seen")[-1:] == ids_in(server.log)[-1:])
+    seen = ids_in(tmp_path / "seen")
+    for ids in map(ids_in, files):  # what is written between the rename and our look at it, tail can miss: the end of an old file
+        shown = [each for each in seen if each in ids]
+        assert shown == ids[:len(shown)] and len(shown) > len(ids) - 10, (ids, seen)
 
 
 def haproxy(start, folder, certificate, ports, receivers):
@@ -2620,7 +2794,16 @@ def haproxy(start, folder, certificate, ports, receivers):
 def test_a_proxy_that_ends_tls_is_believed_about_the_address(serve, start, certificate, tmp_path, proxy):
     server, port = serve("--behind-proxy"), free_port()
     if proxy == "nginx":
-        nginx(start, tmp_path, certificate, port, [server.port])
+        text = readme("<b>nginx</b>")
+        for old, new in (("127.0.0.1:8443", f"127.0.0.1:{server.port}"), ("listen 443", f"listen 127.0.0.1:{port}"),
+                         ("/etc/letsencrypt/live/your.host/fullchain.pem", certificate[0]),
+                         ("/etc/letsencrypt/live/your.host/privkey.pem", certificate[1])):
+            assert old in text
+            text = text.replace(old, new)
+        temporary = "".join(f"{name}_temp_path {tmp_path};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+        (tmp_path / "nginx.conf").write_text(f"pid {tmp_path}/pid; error_log stderr; daemon off; master_process off; events {{}}\n"
+                                             f"http {{ access_log off; {temporary}\n{text}}}\n")
+        start("nginx", "-c", tmp_path / "nginx.conf")
     else:
         haproxy(start, tmp_path, certificate, (port, free_port()), [server.port] * 3)
     server.port = port
@@ -2629,63 +2812,42 @@ def test_a_proxy_that_ends_tls_is_believed_about_the_address(serve, start, certi
         with contextlib.suppress(OSError):
             return get(server, "/healthz")[0] == 200
 
-    assert until(10, healthy)
+    assert until(healthy)
     with Peer(port) as peer:
         for body in (event(), event()):
-            peer.send(post(body, "X-Forwarded-For: 203.0.113.9"))
-            assert peer.answer()[0] == 200
+            assert peer.ask(post(body, "X-Forwarded-For: 203.0.113.9")) == 200
         body = event()
-        peer.send(post(body, "Transfer-Encoding: chunked", length=False)[:-len(body)] + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
-        assert peer.answer()[0] == 200
-        peer.send(post(body, authorization="Bearer " + token(body, secret=b"wrong")))
-        assert peer.answer()[0] == 401
+        assert peer.ask(chunked(body) + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)) == 200
+        assert peer.ask(post(body, authorization="Bearer " + token(body, secret=b"wrong"))) == 401
     server.wait_for(r" 127\.0\.0\.1 refused 401")
     assert "203.0.113.9" not in server.stderr() and server.stderr().count(" 127.0.0.1 recorded ") == 3
 
 
-def listens(port):
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-        return True
-
-
-def shippers(start, folder, logs):
-    """Start rsyslog as collector and beside each log; return the folder where the lines arrive."""
+def test_two_receivers_behind_haproxy_of_which_one_is_killed_make_one_log(serve, start, certificate, tmp_path):
     if not list(pathlib.Path("/usr/lib").glob("**/rsyslog/omrelp.so")):
         pytest.skip("rsyslog-relp is not installed")
-    port = free_port()
-    (folder / "collected").mkdir()
-    texts = [readme("<b>rsyslog</b>", 1).replace("/srv/skype", str(folder / "collected"))]
-    texts += [readme("<b>rsyslog</b>", 0).replace("/var/lib/skype-webhook/events.jsonl", str(log)).replace('target="collector"', 'target="127.0.0.1"')
-              .replace("/var/spool/rsyslog", str(log.parent)).replace("maxMessageSize", f'localHostname="{log.parent.name}" maxMessageSize') for log in logs]
-    for number, text in enumerate(texts):
-        (folder / f"rsyslog.{number}").write_text(text.replace('port="2514"', f'port="{port}"'))
-        start("rsyslogd", "-n", "-f", folder / f"rsyslog.{number}", "-i", folder / f"rsyslog.{number}.pid")
-        if number == 0:  # a shipper that finds no collector tries again much later
-            assert until(10, lambda: listens(port))
-    return folder / "collected"
-
-
-def test_two_receivers_behind_haproxy_of_which_one_is_killed_make_one_log(start, certificate, tmp_path):
-    servers = []
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        servers.append(Server(tmp_path / name, certificate))
-    try:
-        collected, ports = shippers(start, tmp_path, [server.log for server in servers]), (free_port(), free_port())
-        haproxy(start, tmp_path, certificate, ports, [servers[0].port, servers[0].port, servers[1].port])
-        odd = b'{"event":\t"State","currentStage":{"value":"\x7f\xc3\xa4 #011 %msg%"},"big":"' + b"x" * 100_000 + b'"}'
-        assert servers[0].deliver(odd)[0] == servers[1].deliver(odd)[0] == 200
-        with delivering(ports[1], tries=100) as (acknowledged, refused):
-            assert until(10, lambda: len(acknowledged) > 100)
-            servers[1].process.kill()
-            so_far = len(acknowledged)
-            assert until(10, lambda: len(acknowledged) > so_far + 100)
-        acknowledged = {*acknowledged, hashlib.sha256(odd).hexdigest()}
-        lines = {line for server in servers for line in server.log.read_bytes().splitlines()}
-        assert until(20, lambda: {line for path in collected.iterdir() for line in path.read_bytes().splitlines()} == lines)
-        assert refused == [] and set(ids_in(*collected.iterdir())) == acknowledged
-        assert all(len(set(server.ids()) & acknowledged) > 20 for server in servers)
-    finally:
-        for server in servers:
-            server.process.kill()
-            server.process.wait()
+    servers, port, ports, collected = [], free_port(), (free_port(), free_port()), tmp_path / "collected"
+    shippers = [readme("<b>rsyslog</b>", 1).replace("/srv/skype", str(collected))]
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        servers.append(serve(folder=folder))
+        shippers.append(readme("<b>rsyslog</b>", 0).replace("/var/lib/skype-webhook/events.jsonl", str(servers[-1].log))
+                        .replace('target="collector"', 'target="127.0.0.1"').replace("/var/spool/rsyslog", str(folder))
+                        .replace("maxMessageSize", f'localHostname="{folder.name}" maxMessageSize'))
+    collected.mkdir()
+    for number, text in enumerate(shippers):
+        (tmp_path / f"rsyslog.{number}").write_text(text.replace('port="2514"', f'port="{port}"'))
+        start("rsyslogd", "-n", "-f", tmp_path / f"rsyslog.{number}", "-i", tmp_path / f"rsyslog.{number}.pid")
+        assert until(lambda: listens(port))  # the collector: a shipper that finds none tries again much later
+    haproxy(start, tmp_path, certificate, ports, [servers[0].port, servers[0].port, servers[1].port])
+    odd = b'{"event":\t"State","currentStage":{"value":"\x7f\xc3\xa4 #011 %msg%"},"big":"' + b"x" * 100_000 + b'"}'
+    assert servers[0].deliver(odd)[0] == servers[1].deliver(odd)[0] == 200
+    with delivering(ports[1], tries=100) as (acknowledged, refused):
+        grows(acknowledged, 100)
+        servers[1].process.kill()
+        grows(acknowledged, 100)
+    acknowledged = {*acknowledged, sha256(odd)}
+    lines = {line for server in servers for line in server.log.read_bytes().splitlines()}
+    assert until(lambda: {line for path in collected.iterdir() for line in path.read_bytes().splitlines()} == lines, 60)
+    assert refused == [] and set(ids_in(*collected.iterdir())) == acknowledged
+    assert all(len(set(server.ids()) & acknowledged) > 20 for server in servers)
