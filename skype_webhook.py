@@ -2411,7 +2411,7 @@ def read_env_file(path: str | None) -> dict[str, str]:
     """Return the settings in an env file; `None` means `.env`, if there is one. Raise SettingsError."""
     name = path or ".env"
     try:
-        text, status = pathlib.Path(name).read_text("utf-8"), os.stat(name)
+        text, status = pathlib.Path(name).read_text("utf-8-sig"), os.stat(name)
     except FileNotFoundError:
         if path is None:
             return {}
