@@ -2415,6 +2415,12 @@ def test_an_interrupted_send_says_what_was_delivered_and_does_not_end_with_0(ser
     assert sender.returncode == 1 and err == "error: interrupted\n" and 20 <= int(out.split()[0]) <= len(server.ids())
 
 
+def test_an_env_file_as_windows_writes_it_is_read(shared, tmp_path):
+    (tmp_path / ".env").write_bytes(b'\xef\xbb\xbfSKYPE_API_KEY=%b\r\nSKYPE_API_SECRET="%b"\r\n' % (KEY.encode(), SECRET))
+    code, out, err = run("send", f"https://localhost:{shared.port}/", "--insecure", cwd=tmp_path)
+    assert code == 0 and out.startswith("recorded "), err
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("command", ["send", "timeline"])
 def test_a_stdout_that_is_full_ends_with_1_and_one_line(shared, certificate, tmp_path, command):
