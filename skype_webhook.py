@@ -1616,79 +1616,77 @@ def _open_log(path: str) -> io.FileIO | None:
         return None
 
 
-def _identity(file: io.FileIO | None) -> str:
-    """Return what tells this file of the log from all others, "" while it is empty: an inode alone is used again."""
+def _mark(file: io.FileIO | None) -> str:
+    """Return what a log is known by, whatever its name: a hash of how its first event begins, id included; "" if it has none yet."""
     start = file.read(_ID.stop) if file and file.seek(0) == 0 else b""
-    return f"{os.fstat(file.fileno()).st_ino:x}.{hashlib.sha256(start).hexdigest()[:16]}" if file and len(start) == _ID.stop else ""
+    return hashlib.sha256(start).hexdigest()[:32] if len(start) == _ID.stop else ""
 
 
 class Tail:
-    """The log as a reader follows it: whole lines only, over rotation, copytruncate and removal.
+    """The log as a reader follows it: whole lines only, each once, over rotation, copytruncate and removal.
 
-    The journal never writes to a file again once it has written to the next one. So when another file at the path
-    holds an event, what the old one holds is all: it is read to its end, and left.
+    `files` is a queue: the one that is read, from `offset` on, then those that follow it. How a rotation is noticed: the
+    journal never writes to a file again once it has written to the next. So as soon as another file at the path holds an
+    event it is queued, and the one before is complete: what is read then is all that it will ever hold. Until then, a
+    missing or empty file at the path means nothing.
+
+    How a truncation is noticed: the file at the path is the one that is read, but its `mark` is another. What was not read
+    of it before is gone, and it is read from its start.
+
+    A reader that was away comes back by mark and offset. A rotated file keeps its mark under its new name.
     """
 
     def __init__(self, path: str) -> None:
-        self.path = path
-        self.file: io.FileIO | None = None
-        self.later: list[str] = []  # what to read before the log itself, while catching up
-        self.begin(_open_log(path))
-
-    def begin(self, file: io.FileIO | None) -> None:
-        """Go to the start of this file, and leave the one before."""
-        self.close()
-        self.file, self.offset, self.identity = file, 0, _identity(file)
+        self.path, self.offset = path, 0
+        self.files = [file] if (file := _open_log(path)) else []
+        self.mark = _mark(file)
 
     def close(self) -> None:
-        if self.file:
-            self.file.close()
+        for file in self.files:
+            file.close()
 
     def size(self) -> int:
-        return self.file.seek(0, os.SEEK_END) if self.file else 0
+        return self.files[0].seek(0, os.SEEK_END) if self.files else 0
+
+    def go_back_to(self, mark: str) -> bool:
+        """Begin with the file of this mark, and queue those that were rotated after it; return whether it is still here."""
+        with contextlib.suppress(OSError):  # one has just been removed
+            names = sorted(glob.glob(glob.escape(self.path) + "?*"), key=os.path.getmtime) if mark != self.mark else []
+            rotated = [file for name in names if (file := _open_log(name))]
+            while rotated and _mark(rotated[0]) != mark:
+                rotated.pop(0).close()
+            if rotated:
+                self.files[:0], self.mark = rotated, mark
+        return mark == self.mark
+
+    def read_on(self) -> bytes:
+        """Return the next whole lines, of the next file where this one is done with; b"" if there are none yet."""
+        self._look()  # before reading: see above
+        lines = self.read()
+        if not lines and len(self.files) > 1:
+            self.files.pop(0).close()
+            self.offset, self.mark = 0, _mark(self.files[0])
+            lines = self.read()
+        return lines
+
+    def _look(self) -> None:
+        now = _open_log(self.path)
+        if now and _mark(now) and not (self.files and os.path.sameopenfile(now.fileno(), self.files[-1].fileno())):
+            self.files.append(now)
+        elif now:
+            now.close()
+        mark = _mark(self.files[0]) if self.files else ""
+        if mark not in ("", self.mark):
+            self.offset, self.mark = 0, mark
 
     def read(self, partly: bool = False) -> bytes:
-        """Return the next whole lines, b"" if there are none yet. A part of a line is read again: it may be blanked."""
-        length, data = VIEW_BYTES, b""
-        while self.file and self.file.seek(self.offset) >= 0 and len(data := self.file.read(length)) == length and b"\n" not in data:
+        """Return the next whole lines of this file, b"" if there are none yet. A part of a line is read again: it may be blanked."""
+        file, length, data = self.files[0] if self.files else io.BytesIO(), VIEW_BYTES, b""
+        while file.seek(self.offset) >= 0 and len(data := file.read(length)) == length and b"\n" not in data:
             length *= 2
         end = len(data) if partly else data.rfind(b"\n") + 1
         self.offset += end
         return data[:end]
-
-    def poll(self) -> Iterator[bytes]:
-        """Yield what is new, some hundred whole lines at a time, and b"" where another file begins."""
-        while True:
-            following = self._following()  # looked for first: what is read then is all that the old file will ever hold
-            while lines := self.read():
-                yield lines
-            if not following:
-                return
-            self.begin(following)
-            yield b""
-
-    def _following(self) -> io.FileIO | None:
-        while self.later:
-            if file := _open_log(self.later.pop(0)):
-                return file
-        now = _open_log(self.path)
-        identity = _identity(now)
-        self.identity = self.identity or _identity(self.file)  # after the other: both may be one file that was empty until now
-        if now and identity in ("", self.identity):
-            now.close()
-            return None
-        return now
-
-    def go_back_to(self, identity: str) -> bool:
-        """Go to the start of the file of this identity, if it is still here by whatever name, to read on from there."""
-        with contextlib.suppress(OSError):  # one has just been removed
-            paths = sorted(glob.glob(glob.escape(self.path) + "*"), key=lambda path: (path == self.path, os.stat(path).st_mtime_ns))
-            while paths:
-                self.begin(_open_log(paths.pop(0)))
-                if self.identity == identity:
-                    self.later = paths
-                    return True
-        return False
 
 
 def check_password(handler: Handler, head: Head) -> None:
@@ -1715,7 +1713,6 @@ def check_password(handler: Handler, head: Head) -> None:
 
 
 VIEW_FIELDS = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"))
-STREAM_TYPE = "text/event-stream; charset=utf-8"
 
 
 def show_page(handler: Handler, head: Head) -> None:
@@ -1728,21 +1725,21 @@ def show_page(handler: Handler, head: Head) -> None:
 def show_events(handler: Handler, head: Head) -> None:
     """GET /events: the log as server-sent events, each a line, whose id is the offset of its end.
 
-    `?log=` is for the page: it gets `log` events too, which say what file is read, and up to where. With those two,
-    `?log=...&after=...` goes on in that file, wherever it was rotated to in the meantime.
+    `?log=` is for the page: it is also told by `log` events which file it reads, and from where. By the file's mark and an
+    offset, `?log=...&after=...`, it goes on in that file, wherever that was rotated to in the meantime.
     """
     check_password(handler, head)
-    if head.method == "HEAD":
-        handler.answer(200, b"", STREAM_TYPE, *VIEW_FIELDS)
-        return
     query = dict(urllib.parse.parse_qsl(head.query, keep_blank_values=True))
-    identity, last = query.get("log"), query.get("after") or head.fields.get("last-event-id", "")
+    mark, last = query.get("log"), query.get("after") or head.fields.get("last-event-id", "")
     with viewer_place(handler), contextlib.closing(Tail(handler.server.settings.log)) as tail:
         if not re.fullmatch(r"[0-9]{1,18}", last):
             tail.offset = max(0, tail.size() - VIEW_BYTES)
-        elif (not identity or tail.go_back_to(identity)) and int(last) <= tail.size():
+        elif (not mark or tail.go_back_to(mark)) and int(last) <= tail.size():
             tail.offset = int(last)  # else its file has gone, and all of the present one is new
-        follow(handler, tail, identity is not None)
+        fields = [*VIEW_FIELDS, ("X-Accel-Buffering", "no"), ("Connection", "close")]
+        handler.request.socket.sendall(format_answer(200, None, "text/event-stream; charset=utf-8", fields))
+        if head.method == "GET":
+            follow(handler, tail, mark is not None)
 
 
 @contextlib.contextmanager
@@ -1759,6 +1756,10 @@ def viewer_place(handler: Handler) -> Iterator[None]:
         server.changed.notify_all()
     handler.close_connection = True
     try:
+        for name, value in (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 2), ("TCP_USER_TIMEOUT", 8000)):
+            if hasattr(socket, name):  # so that a machine which fell asleep is noticed within ten seconds
+                link.socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        link.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         yield
     finally:
         with server.changed:
@@ -1766,29 +1767,23 @@ def viewer_place(handler: Handler) -> Iterator[None]:
 
 
 def follow(handler: Handler, tail: Tail, is_page: bool) -> None:
-    """Send events as they come until the viewer or the server goes, or the password is another."""
+    """Send events as they come until the viewer or the server goes, or the password is another; raise OSError if they are not taken."""
     link, server, password = handler.request, handler.server, handler.server.settings.view_password
-
-    def send(data: bytes) -> None:  # raises OSError if the viewer does not take it in time
-        if is_page:
-            data += b'event: log\ndata: {"log":"%b","at":%d}\n\n' % (tail.identity.encode(), tail.offset)
-        link.socket.settimeout(server.settings.request_timeout)
-        link.socket.sendall(data)
-
-    for name, value in (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 2), ("TCP_USER_TIMEOUT", 8000)):
-        if hasattr(socket, name):  # so a machine that fell asleep is noticed within ten seconds
-            link.socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    link.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    send(format_answer(200, None, STREAM_TYPE, [*VIEW_FIELDS, ("X-Accel-Buffering", "no"), ("Connection", "close")]))
+    told: str | None = None
     beat = time.monotonic()
     while not (link.is_cut or server.stopping or has_gone(link.socket) or server.settings.view_password != password):
-        for lines in tail.poll():
-            send(format_frames(lines, tail.offset - len(lines)))
-            time.sleep(VIEW_PAUSE)  # so sixteen viewers leave the senders their share of the processor
+        lines = tail.read_on()
+        start = tail.offset - len(lines)
+        data = format_frames(lines, start)
+        if is_page and told != tail.mark:
+            told = tail.mark
+            data = b'event: log\ndata: {"log":"%b","at":%d}\n\n%b' % (told.encode(), start, data)
         if time.monotonic() - beat >= HEARTBEAT_SECONDS:
-            send(b": heartbeat\n\n")
-            beat = time.monotonic()
-        time.sleep(VIEW_PAUSE)
+            beat += HEARTBEAT_SECONDS
+            data += b": heartbeat\n\n"
+        link.socket.settimeout(server.settings.request_timeout)
+        link.socket.sendall(data)
+        time.sleep(VIEW_PAUSE)  # so sixteen viewers leave the senders their share of the processor
 
 
 def has_gone(viewer: socket.socket) -> bool:
@@ -1800,13 +1795,13 @@ def has_gone(viewer: socket.socket) -> bool:
         return False
 
 
-def format_frames(lines: bytes, offset: int) -> bytes:
-    """Return whole lines that begin at `offset` as server-sent events; blank and foreign ones are left out."""
-    frames = []
+def format_frames(lines: bytes, start: int) -> bytes:
+    """Return whole lines, the first of which begins at the offset `start`, as server-sent events, without blank and foreign ones."""
+    frames, end = [], start
     for line in lines.split(b"\n")[:-1]:
-        offset += len(line) + 1
+        end += len(line) + 1
         if line.startswith(_LINE_START) and b"\r" not in line:
-            frames.append(b"id: %d\ndata: %b\n\n" % (offset, line))
+            frames.append(b"id: %d\ndata: %b\n\n" % (end, line))
     return b"".join(frames)
 
 
@@ -1817,8 +1812,8 @@ PAGE = r"""<!doctype html>
 <title>Skype Interviews, live</title>
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'%3E%3Ccircle cx='8' cy='8' r='8'/%3E%3C/svg%3E">
 <style>
-:root { color-scheme: light dark; --back: #f4f5f7; --card: #fff; --text: #1b1f24; --dim: #59636e; --line: #d9dee4; --blue: #0a5ca8;
-  --amber: #8a4b00; --red: #b3261e; --green: #17702f }
+:root { color-scheme: light dark; --back: #f4f5f7; --card: #fff; --text: #1b1f24; --dim: #59636e; --line: #d9dee4;
+  --blue: #0a5ca8; --amber: #8a4b00; --red: #b3261e; --green: #17702f }
 @media (prefers-color-scheme: dark) { :root { --back: #0e1116; --card: #161b22; --text: #e6e9ed; --dim: #9aa4af; --line: #2d343d;
   --blue: #74b4ff; --amber: #f0b35b; --red: #ff8a80; --green: #5fd07c } }
 * { box-sizing: border-box }
@@ -1827,8 +1822,7 @@ body { margin: auto; padding: 1rem clamp(.75rem, 3vw, 2rem) 3rem; max-width: 84r
 header { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; align-items: center }
 h1 { font-size: 1.25rem; margin: 0 auto 0 0 }
 input, button { padding: .4rem .7rem; border: 1px solid var(--dim); border-radius: .5rem; background: var(--card); color: inherit;
-  font: inherit }
-input { width: 20rem; max-width: 100% }
+  font: inherit; max-width: 100% }
 :focus-visible { outline: 2px solid var(--blue); outline-offset: 2px }
 #state::before { content: "\25cb\a0"; color: var(--amber) }
 #state.live::before { content: "\25cf\a0"; color: var(--green) }
@@ -1850,8 +1844,7 @@ em { display: block; color: var(--amber); font: 600 13px/1.45 system-ui, sans-se
 @media (max-width: 45rem) {
   input { width: 100% }
   thead { position: absolute; clip-path: inset(50%) }
-  table, tbody, tr, td, tbody th { display: block; width: auto !important; border: 0 }
-  table { background: none }
+  table, tbody, tr, td, tbody th { display: block; width: auto !important; border: 0; background: none }
   tr { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; margin-bottom: .7rem; padding: .4rem 0 }
   td, th { padding: .25rem .8rem }
   td:last-child::before { content: "changed " }
@@ -1859,31 +1852,28 @@ em { display: block; color: var(--amber); font: 600 13px/1.45 system-ui, sans-se
 [hidden] { display: none !important }
 </style>
 <header><h1>Skype Interviews</h1><span id="state" role="status">connecting</span>
-<input id="filter" type="search" placeholder="Filter: code, stage, metadata" aria-label="Filter by code, stage or metadata"></header>
-<main>
+<input id="filter" type="search" size="30" placeholder="Filter: code, stage, metadata" aria-label="Filter: code, stage, metadata"></header>
 <p id="note" class="small"></p>
 <p id="empty" hidden>No events yet. Send a first one, on the receiver's machine and in its folder:<br>
 <code>python3 skype_webhook.py send '<span id="origin"></span>{PATH}' --insecure</code></p>
 <table role="table" hidden><caption class="unseen">Interviews, newest change first</caption>
 <thead class="small" role="rowgroup"><tr role="row">
-<th role="columnheader" scope="col">Interview</th><th role="columnheader" scope="col">Stage</th>
-<th role="columnheader" scope="col">Path</th><th role="columnheader" scope="col">Changed</th></tr></thead>
+<th role="columnheader">Interview</th><th role="columnheader">Stage</th>
+<th role="columnheader">Path</th><th role="columnheader">Changed</th></tr></thead>
 <tbody id="rows" role="rowgroup"></tbody></table>
 <p><button id="earlier" hidden>Load earlier events</button></p>
 <p id="news" class="unseen" aria-live="polite"></p>
-</main>
 <noscript>The live view needs JavaScript. In a terminal: python3 skype_webhook.py timeline</noscript>
 <script>
 "use strict";
-const STAGES = new Map(Object.entries({STAGES})), ROWS = 500, STEPS = 40, OPENED = Date.now();
+const STAGES = new Map(Object.entries({STAGES})), OPENED = Date.now();
+const ROWS = 500, STEPS = 40;  // shown at most: of the interviews, and of the steps of each
 const SIGNS = {Created: "+", Time: "?", Started: "\u25b6", Collecting: "\u2026", Completed: "\u2713", Failed: "!", Canceled: "\u00d7",
   Archived: "="};
 const CLOCK = new Intl.DateTimeFormat([], {timeStyle: "short"});
 const DAY = new Intl.DateTimeFormat([], {dateStyle: "medium", timeStyle: "short"});
-const $ = id => document.getElementById(id), interviews = new Map(), seen = new Set(), changed = new Set();
-let source, heard, retry, due, wait = 2000;
-let log = "", at = "";                       // the file that is read (rotations give another), and the offset up to which
-let origin = null, first, reach = 2 ** 20;   // the file and the offset that this page began at; how far the next step back goes
+const $ = id => document.getElementById(id);
+const interviews = new Map(), seen = new Set(), changed = new Set();  // by code; ids of events; those to be drawn again
 
 // Text is only ever set as text. What cannot be seen in it, or turns it around (bidi marks), is spelt out.
 const shown = text => text.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, c => "\\u" + c.codePointAt(0).toString(16).padStart(4, "0"));
@@ -1895,26 +1885,26 @@ function make(tag, properties, ...children) {
   return node;
 }
 
-function moment(time, recorded) {  // a Date loses the service's ticks: the key, which gives the order, keeps them
-  const date = new Date(time.toUpperCase()), digits = /\.\d{3}(\d*)/.exec(time)?.[1] ?? "";
-  return {time, recorded, date, key: `${date.toISOString().slice(0, 23)}${digits} ${recorded}`};
+// An interview: {code, steps, now: its last step, text: what the filter looks at, row: where it is shown}
+
+function moment({time = "", recordedtime: recorded}) {
+  let date = new Date(time.toUpperCase());
+  if (isNaN(date)) [time, date] = [recorded, new Date(recorded)];
+  const ticks = /\.\d{3}(\d*)/.exec(time)?.[1] ?? "";  // a Date loses them; the key, which gives the order, keeps them
+  return {time, recorded, date, key: `${date.toISOString().slice(0, 23)}${ticks} ${recorded}`};
 }
 
 function take(line) {
-  const event = JSON.parse(line), code = event.subject ?? "-", recorded = event.recordedtime;
+  const event = JSON.parse(line), code = event.subject ?? "-";
   if (seen.has(event.id)) return;
   seen.add(event.id);
   const body = event.data ?? JSON.parse(new TextDecoder().decode(Uint8Array.from(atob(event.data_base64), c => c.charCodeAt(0))));
   const text = (stage, name) => typeof body[stage]?.[name] === "string" ? body[stage][name] : "";
-  let step;
-  try { step = moment(event.time, recorded); } catch { step = moment(recorded, recorded); }
-  step.stage = text("currentStage", "value");
-  step.metadata = text("currentStage", "metadata");
-  step.previous = text("previousStage", "value");
+  const stage = text("currentStage", "value"), metadata = text("currentStage", "metadata"), previous = text("previousStage", "value");
   if (!interviews.has(code)) interviews.set(code, {code, steps: []});
   const interview = interviews.get(code);
-  interview.steps.push(step);
-  interview.fresh ||= Date.parse(recorded) > OPENED;
+  interview.steps.push({...moment(event), stage, metadata, previous});
+  interview.fresh ||= Date.parse(event.recordedtime) > OPENED;
   interview.stale = true;
   changed.add(interview);
 }
@@ -1935,12 +1925,11 @@ function settle(interview) {  // in the order of the events' own time; gaps and 
 }
 
 function duration(seconds) {
-  const parts = [];
-  for (const [size, unit] of [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]]) {
-    if (seconds >= size) parts.push(`${Math.floor(seconds / size)} ${unit}`);
-    seconds %= size;
+  for (const [size, unit, part, its] of [[86400, "d", 3600, "h"], [3600, "h", 60, "min"], [60, "min", 1, "s"]]) {
+    const rest = Math.floor(seconds % size / part);
+    if (seconds >= size) return `${Math.floor(seconds / size)} ${unit}` + (rest ? ` ${rest} ${its}` : "");
   }
-  return parts.slice(0, 2).join(" ") || "under 1 s";
+  return seconds >= 1 ? `${Math.floor(seconds)} s` : "under 1 s";
 }
 
 function clock(step, format) {
@@ -1950,7 +1939,7 @@ function clock(step, format) {
 
 function mark(stage) {
   const kind = STAGES.has(stage) ? /[A-Z][a-z]+$/.exec(stage)[0] : "";
-  return make("span", {className: "mark " + kind, ariaHidden: "true"}, SIGNS[kind] ?? "?");
+  return make("span", {className: "mark " + kind, ariaHidden: "true"}, SIGNS[kind] ?? "\u2013");
 }
 
 function item(step, i, steps) {
@@ -1983,6 +1972,11 @@ function arrange(rows) {  // moving as few as can be
   if (row?.isConnected && document.activeElement !== held) (held.isConnected ? held : row.querySelector("a")).focus({preventScroll: true});
 }
 
+function announce(news) {
+  $("news").textContent = news.length > 3 ? `${news.length} interviews have changed`
+    : news.map(each => `${shown(each.code.slice(0, 100))} is now ${named(each.now.stage)}`).join(", ");
+}
+
 function render() {
   due = clearTimeout(due);
   changed.forEach(settle);
@@ -1991,9 +1985,8 @@ function render() {
   const part = found.slice(0, ROWS);
   part.filter(each => each.stale).forEach(fill);
   arrange(part.map(each => each.row));
+  if (news.length) announce(news);
   changed.clear();
-  if (news.length) $("news").textContent = news.length > 3 ? `${news.length} interviews have changed`
-    : news.map(each => `${shown(each.code.slice(0, 100))} is now ${named(each.now.stage)}`).join(", ");
   $("note").textContent = (interviews.size ? `${found.length} of ${interviews.size} interviews` : "")
     + (found.length > ROWS ? `, the newest ${ROWS} are shown` : "") + (first ? ". This page began near the end of the log." : "");
   document.querySelector("table").hidden = !found.length;
@@ -2001,7 +1994,11 @@ function render() {
   $("empty").hidden = interviews.size > 0 || origin === null;
 }
 
-const say = state => { if ($("state").textContent !== state) $("state").textContent = $("state").className = state; };
+// The connection. A `log` event names the file that the next lines are from, and the offset where they begin. With those two,
+// a new connection misses nothing, whatever the file is called by then.
+let source, heard, retry, due, wait = 2000;
+let log = "", at = "";                       // the file, and the offset up to which it has been read
+let origin = null, first, reach = 2 ** 20;   // the file and the offset that this page began at; how far the next step back goes
 
 function listen(message) {
   heard = Date.now();
@@ -2013,6 +2010,10 @@ function listen(message) {
     at = message.lastEventId;
     take(message.data);
   }
+}
+
+function say(state) {
+  if ($("state").textContent !== state) $("state").textContent = $("state").className = state;
 }
 
 function connect() {
@@ -2186,8 +2187,9 @@ def parse_line(text: str) -> tuple[str, str, int, int, Stages]:
         return event_id, code, _ticks(minute, seconds), _ticks(its_minute, its_seconds), (previous, stage)
     event = _BODY.decode(text)
     body = event["data"] if "data" in event else _BODY.decode(base64.b64decode(event["data_base64"]).decode())
-    recorded = event["recordedtime"]
-    event_id, code = "" + event["id"], "" + event.get("subject", "-")  # a TypeError, if they are no text
+    event_id, code, recorded = event["id"], event.get("subject", "-"), event["recordedtime"]
+    if not (isinstance(event_id, str) and isinstance(code, str)):
+        raise ValueError("id and subject are text")
     return (event_id, code, parse_time(event.get("time", recorded)) // 100, parse_time(recorded) // 100,
             (_stage(body, "previousStage", []), _stage(body, "currentStage", [])))
 
@@ -2293,7 +2295,7 @@ def show_changes(course: Course, tails: Sequence[Tail], options: argparse.Namesp
     terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if terminal else None
     colours = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    lines = (line for tail in tails for part in tail.poll() for line in part.split(b"\n")[:-1])
+    lines = (line for tail in tails for part in iter(tail.read_on, b"") for line in part.split(b"\n")[:-1])
     rests = (rest for tail in tails if not options.follow and (rest := tail.read(partly=True)))
     changed = {code for line in itertools.chain(lines, rests) if (code := course.add(line, options.interview)) is not None}
     for code in sorted(changed, key=lambda code: max(course.events[code][0::4])):
@@ -2306,7 +2308,7 @@ def timeline(options: argparse.Namespace) -> int:
     """Print each interview's course, the one that changed last at the end; with --follow, go on as events come."""
     course, tails = Course(), [Tail(path) for path in options.files or [load_settings(options).log]]
     for tail in tails:
-        if tail.file is None and not options.follow:
+        if not tail.files and not options.follow:
             raise SettingsError(f"{tail.path}: there is no log that can be read; name one, or set SKYPE_LOG")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
