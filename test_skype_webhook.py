@@ -2211,28 +2211,27 @@ def test_the_stream_misses_and_repeats_nothing_over_reconnection_and_rotation(vi
     with Stream(view.port, "/events?log=") as stream:
         assert place() == ("", 0)
         view.deliver(bodies[0])
-        first = stream.next()
-        assert (first[0], first[2]["id"]) == (view.log.stat().st_size, ids[0])
-        known = place()
+        known, first = place(), stream.next()
+        assert (known[1], first[0], first[2]["id"]) == (0, view.log.stat().st_size, ids[0])
         view.deliver(bodies[1])
-        assert stream.next()[2]["id"] == ids[1] and place()[0] == known[0]
+        assert stream.next()[2]["id"] == ids[1]
         view.log.rename(view.log.with_name("events.jsonl.1"))
         view.deliver(bodies[2])
-        assert place() != known and stream.next()[2]["id"] == ids[2] and place()[0] != known[0]
+        assert place()[0] != known[0] and stream.next()[2]["id"] == ids[2]
         os.truncate(view.log, 0)
         view.deliver(bodies[3])
-        assert place()[1] == 0 and stream.next()[2]["id"] == ids[3] and place()
+        assert place()[1] == 0 and stream.next()[2]["id"] == ids[3]
         view.log.rename(view.log.with_name("events.jsonl.2"))
         view.deliver(bodies[4])
         assert place()[1] == 0 and stream.next()[2]["id"] == ids[4]
     with Stream(view.port, f"/events?log={known[0]}&after={first[0]}") as stream:
         # Asleep while the log was rotated, and emptied, and rotated.
-        assert [told["id"] for _, name, told in (stream.next() for _ in range(9)) if name == "message"] == [ids[1], ids[3], ids[4]]
+        assert [told["id"] for _, name, told in (stream.next() for _ in range(6)) if name == "message"] == [ids[1], ids[3], ids[4]]
     view.log.unlink()
     view.deliver(bodies[5])
     with Stream(view.port, "/events?log=gone&after=1") as stream:
-        assert stream.next()[1] == "log" and stream.next()[2]["id"] == ids[5]
-        (now, at), another = place(), event()
+        (now, begin), (at, _, line), another = place(), stream.next(), event()
+        assert (begin, line["id"]) == (0, ids[5])
     with Stream(view.port, f"/events?log={now}&after={at}") as stream:  # the same file: nothing again
         view.deliver(another)
         assert place() == (now, at) and stream.next()[2]["id"] == sha256(another)
@@ -2257,6 +2256,27 @@ def test_a_plain_reader_of_the_stream_gets_lines_of_the_log_alone(view):
         with Stream(view.port, "/events", *([] if last is None else [f"Last-Event-ID: {last}"])) as stream:
             for n in range(expected, 3):
                 assert stream.next() == (ends[n], "message", json.loads(lines[n])), last
+
+
+def test_head_of_the_stream_answers_as_get_would_and_ends(serve):
+    with Peer(serve(SKYPE_VIEW_PASSWORD=PASSWORD).port) as peer:
+        peer.send(f"HEAD /events HTTP/1.1\r\nHost: x\r\n{basic(PASSWORD)}\r\n\r\n".encode())
+        status, fields, _ = peer.answer(with_content=False)
+        assert (status, fields["content-type"], fields["cache-control"]) == (200, "text/event-stream; charset=utf-8", "no-store")
+        assert "content-length" not in fields and peer.ended()  # GET has none either (RFC 9110 section 8.6)
+
+
+def test_a_log_that_was_emptied_and_has_outgrown_the_reader_is_read_from_its_start_and_once(serve):
+    server = serve(SKYPE_VIEW_PASSWORD=PASSWORD)
+    bodies = [event() for _ in range(5)]
+    lines = [sw.format_line(sw.parse_event(body), body, 1_800_000_000) for body in bodies]
+    assert len(set(map(len, lines))) == 1
+    server.log.write_bytes(b"".join(lines[:2]))
+    with Stream(server.port) as stream:
+        assert [stream.next()[2]["data"] for _ in range(2)] == [json.loads(body) for body in bodies[:2]]
+        with open(server.log, "r+b", 0) as file:  # at once, as it looks to who was not looking meanwhile
+            file.write(b"".join(lines[2:]))
+        assert [stream.next()[::2] for _ in range(3)] == [(len(lines[0]) * (n + 1), json.loads(lines[n + 2])) for n in range(3)]
 
 
 def test_a_large_log_starts_at_its_end_and_earlier_events_can_be_had(serve, tmp_path):
@@ -2537,6 +2557,16 @@ def test_a_time_is_an_instant_left_out_where_its_offset_leads_out_of_the_calenda
     assert sw.main(["timeline", "--json", str(tmp_path / "log")]) == sw.main(["timeline", str(tmp_path / "log")]) == 0
     line, *text = capsys.readouterr().out.splitlines()
     assert json.loads(line)["events"][0].get("time") == instant and "SchedulingTime" in text[1]
+
+
+def test_a_timeline_skips_lines_whose_members_are_of_other_types(tmp_path):
+    (line,) = stage_lines("one", COURSE[0])
+    changes = [{"id": ["x"]}, {"id": 5}, {"id": None}, {"subject": 7}, {"subject": ["x"]}, {"subject": None}, {"time": 5}, {"time": None},
+               {"recordedtime": None}, {"data": None}, {"data": []}, {"data": "x"}]
+    (tmp_path / "log").write_bytes(line + b"".join(json.dumps({**json.loads(line), **change}).encode() + b"\n" for change in changes))
+    code, out, err = run("timeline", "--json", "log", cwd=tmp_path)
+    assert (code, err) == (0, f"skipped 0 blank and {len(changes)} foreign lines\n")
+    assert [len(json.loads(interview)["events"]) for interview in out.splitlines()] == [1]
 
 
 def test_a_timeline_follows_the_log_over_its_rotation(start, tmp_path):
