@@ -57,7 +57,7 @@ import traceback
 import urllib.parse
 import uuid
 from array import array
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
@@ -1812,10 +1812,10 @@ PAGE = r"""<!doctype html>
 <title>Skype Interviews, live</title>
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'%3E%3Ccircle cx='8' cy='8' r='8'/%3E%3C/svg%3E">
 <style>
-:root { color-scheme: light dark; --back: #f4f5f7; --card: #fff; --text: #1b1f24; --dim: #59636e; --line: #d9dee4;
-  --blue: #0a5ca8; --amber: #8a4b00; --red: #b3261e; --green: #17702f }
-@media (prefers-color-scheme: dark) { :root { --back: #0e1116; --card: #161b22; --text: #e6e9ed; --dim: #9aa4af; --line: #2d343d;
-  --blue: #74b4ff; --amber: #f0b35b; --red: #ff8a80; --green: #5fd07c } }
+:root { color-scheme: light dark; --back: light-dark(#f4f5f7, #0e1116); --card: light-dark(#fff, #161b22);
+  --text: light-dark(#1b1f24, #e6e9ed); --dim: light-dark(#59636e, #9aa4af); --line: light-dark(#d9dee4, #2d343d);
+  --blue: light-dark(#0a5ca8, #74b4ff); --amber: light-dark(#8a4b00, #f0b35b); --red: light-dark(#b3261e, #ff8a80);
+  --green: light-dark(#17702f, #5fd07c) }
 * { box-sizing: border-box }
 body { margin: auto; padding: 1rem clamp(.75rem, 3vw, 2rem) 3rem; max-width: 84rem; background: var(--back); color: var(--text);
   font: 15px/1.45 system-ui, sans-serif }
@@ -1832,7 +1832,7 @@ table { width: 100%; border-collapse: collapse; table-layout: fixed; background:
 th, td { padding: .65rem .8rem; border-top: 1px solid var(--line); text-align: left; vertical-align: top; overflow-wrap: anywhere }
 th:nth-child(1) { width: 20% } th:nth-child(2) { width: 25% } th:nth-child(4) { width: 11% }
 a { color: var(--blue); font: .87em ui-monospace, monospace }
-a, .metadata { display: block; max-height: 6em; overflow: auto }
+a, .metadata { display: block; max-height: 6em; overflow: auto }  /* however long the text is */
 ol { display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: .5rem 1rem; list-style: none; margin: 0; padding: 0 }
 .gap { border-left: 3px dashed var(--amber); padding-left: .5rem }
 em { display: block; color: var(--amber); font: 600 13px/1.45 system-ui, sans-serif }
@@ -2012,9 +2012,7 @@ function listen(message) {
   }
 }
 
-function say(state) {
-  if ($("state").textContent !== state) $("state").textContent = $("state").className = state;
-}
+const say = state => { if ($("state").textContent !== state) $("state").textContent = $("state").className = state; };
 
 function connect() {
   heard = Date.now();
@@ -2209,26 +2207,23 @@ class Course:
     """The events of all interviews: four numbers each, in one array an interview, so that a million take 40 MB."""
 
     def __init__(self) -> None:
-        self.events: dict[str, array[int]] = {}
+        self.events: defaultdict[str, array[int]] = defaultdict(lambda: array("q"))  # by interview
         self.stages: list[Stages] = []  # each pair once
         self.numbers: dict[Stages, int] = {}  # its place there
-        self.blank = self.foreign = 0
+        self.skipped = {"blank": 0, "foreign": 0}
 
     def add(self, line: bytes, only: str | None) -> str | None:
         """Add one line of a log; return the interview's code, or None if it was skipped."""
         try:
             event_id, code, when, recorded, stages = parse_line(line.decode())
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            self.foreign += bool(line.strip())
-            self.blank += not line.strip()
+            self.skipped["foreign" if line.strip() else "blank"] += 1
             return None
         if only is not None and only != code:
             return None
         number = self.numbers.setdefault(stages, len(self.stages))
         if number == len(self.stages):
             self.stages.append(stages)
-        if code not in self.events:
-            self.events[code] = array("q")
         self.events[code].extend((when, recorded, hash(event_id), number))
         return code
 
@@ -2257,11 +2252,10 @@ def _clock(ticks: int, zone: timezone | None) -> str | None:
 
 
 def _duration(seconds: float) -> str:
-    """Return a length of time by its two largest units."""
-    units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
-    for (size, unit), (smaller, its_unit) in zip(units, units[1:]):
+    """Return a length of time by its largest unit and the next one."""
+    for size, unit, part, its_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if seconds >= size:
-            rest = int(seconds % size // smaller)
+            rest = int(seconds % size // part)
             return f"{int(seconds // size)} {unit}" + (f" {rest} {its_unit}" if rest else "")
     return f"{int(seconds)} s" if seconds >= 1 else "under 1 s"
 
@@ -2320,8 +2314,8 @@ def timeline(options: argparse.Namespace) -> int:
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
-        if course.blank or course.foreign:
-            print(f"skipped {course.blank} blank and {course.foreign} foreign lines", file=sys.stderr)
+        if any(course.skipped.values()):
+            print("skipped {blank} blank and {foreign} foreign lines".format(**course.skipped), file=sys.stderr)
     return 0
 
 
