@@ -1627,8 +1627,7 @@ class Tail:
 
     `files` is a queue: the one that is read, from `offset` on, then those that follow it. How a rotation is noticed: the
     journal never writes to a file again once it has written to the next. So as soon as another file at the path holds an
-    event it is queued, and the one before is complete: what is read then is all that it will ever hold. Until then, a
-    missing or empty file at the path means nothing.
+    event it is queued, and the one before is complete. Until then, a missing or empty file at the path means nothing.
 
     How a truncation is noticed: the file at the path is the one that is read, but its `mark` is another. What was not read
     of it before is gone, and it is read from its start.
@@ -1659,17 +1658,17 @@ class Tail:
                 self.files[:0], self.mark = rotated, mark
         return mark == self.mark
 
-    def read_on(self) -> bytes:
-        """Return the next whole lines, of the next file where this one is done with; b"" if there are none yet."""
-        self._look()  # before reading: see above
-        lines = self.read()
-        if not lines and len(self.files) > 1:
-            self.files.pop(0).close()
-            self.offset, self.mark = 0, _mark(self.files[0])
-            lines = self.read()
-        return lines
+    def read(self, partly: bool = False) -> bytes:
+        """Return the next whole lines of this file, b"" if there are none yet. A part of a line is read again: it may be blanked."""
+        file, length, data = self.files[0] if self.files else io.BytesIO(), VIEW_BYTES, b""
+        while file.seek(self.offset) >= 0 and len(data := file.read(length)) == length and b"\n" not in data:
+            length *= 2
+        end = len(data) if partly else data.rfind(b"\n") + 1
+        self.offset += end
+        return data[:end]
 
     def _look(self) -> None:
+        """Notice a rotation or a truncation."""
         now = _open_log(self.path)
         if now and _mark(now) and not (self.files and os.path.sameopenfile(now.fileno(), self.files[-1].fileno())):
             self.files.append(now)
@@ -1679,14 +1678,15 @@ class Tail:
         if mark not in ("", self.mark):
             self.offset, self.mark = 0, mark
 
-    def read(self, partly: bool = False) -> bytes:
-        """Return the next whole lines of this file, b"" if there are none yet. A part of a line is read again: it may be blanked."""
-        file, length, data = self.files[0] if self.files else io.BytesIO(), VIEW_BYTES, b""
-        while file.seek(self.offset) >= 0 and len(data := file.read(length)) == length and b"\n" not in data:
-            length *= 2
-        end = len(data) if partly else data.rfind(b"\n") + 1
-        self.offset += end
-        return data[:end]
+    def read_on(self) -> bytes:
+        """Return the next whole lines, of the next file where this one is done with; b"" if there are none yet."""
+        self._look()  # before reading: what is read of a complete file then is all of it
+        lines = self.read()
+        if not lines and len(self.files) > 1:
+            self.files.pop(0).close()
+            self.offset, self.mark = 0, _mark(self.files[0])
+            lines = self.read()
+        return lines
 
 
 def check_password(handler: Handler, head: Head) -> None:
@@ -1715,33 +1715,6 @@ def check_password(handler: Handler, head: Head) -> None:
 VIEW_FIELDS = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"))
 
 
-def show_page(handler: Handler, head: Head) -> None:
-    """GET /: the page."""
-    check_password(handler, head)
-    page = PAGE.replace("{PATH}", handler.server.settings.path.replace("&", "&amp;"))  # it holds no <: see `_path`
-    handler.answer(200, page.encode(), "text/html; charset=utf-8", ("Content-Security-Policy", PAGE_POLICY), *VIEW_FIELDS)
-
-
-def show_events(handler: Handler, head: Head) -> None:
-    """GET /events: the log as server-sent events, each a line, whose id is the offset of its end.
-
-    `?log=` is for the page: it is also told by `log` events which file it reads, and from where. By the file's mark and an
-    offset, `?log=...&after=...`, it goes on in that file, wherever that was rotated to in the meantime.
-    """
-    check_password(handler, head)
-    query = dict(urllib.parse.parse_qsl(head.query, keep_blank_values=True))
-    mark, last = query.get("log"), query.get("after") or head.fields.get("last-event-id", "")
-    with viewer_place(handler), contextlib.closing(Tail(handler.server.settings.log)) as tail:
-        if not re.fullmatch(r"[0-9]{1,18}", last):
-            tail.offset = max(0, tail.size() - VIEW_BYTES)
-        elif (not mark or tail.go_back_to(mark)) and int(last) <= tail.size():
-            tail.offset = int(last)  # else its file has gone, and all of the present one is new
-        fields = [*VIEW_FIELDS, ("X-Accel-Buffering", "no"), ("Connection", "close")]
-        handler.request.socket.sendall(format_answer(200, None, "text/event-stream; charset=utf-8", fields))
-        if head.method == "GET":
-            follow(handler, tail, mark is not None)
-
-
 @contextlib.contextmanager
 def viewer_place(handler: Handler) -> Iterator[None]:
     """Move a connection from the senders' places to one of the viewers'; raise Rejected if there is none."""
@@ -1766,6 +1739,25 @@ def viewer_place(handler: Handler) -> Iterator[None]:
             server.viewers.discard(link)
 
 
+def has_gone(viewer: socket.socket) -> bool:
+    """Tell, without waiting, whether the viewer has closed its side; what else it sends is dropped."""
+    viewer.settimeout(0)
+    try:
+        return not viewer.recv(READ_SIZE)
+    except (BlockingIOError, ssl.SSLWantReadError):
+        return False
+
+
+def format_frames(lines: bytes, start: int) -> bytes:
+    """Return whole lines, the first of which begins at the offset `start`, as server-sent events, without blank and foreign ones."""
+    frames, end = [], start
+    for line in lines.split(b"\n")[:-1]:
+        end += len(line) + 1
+        if line.startswith(_LINE_START) and b"\r" not in line:
+            frames.append(b"id: %d\ndata: %b\n\n" % (end, line))
+    return b"".join(frames)
+
+
 def follow(handler: Handler, tail: Tail, is_page: bool) -> None:
     """Send events as they come until the viewer or the server goes, or the password is another; raise OSError if they are not taken."""
     link, server, password = handler.request, handler.server, handler.server.settings.view_password
@@ -1786,23 +1778,24 @@ def follow(handler: Handler, tail: Tail, is_page: bool) -> None:
         time.sleep(VIEW_PAUSE)  # so sixteen viewers leave the senders their share of the processor
 
 
-def has_gone(viewer: socket.socket) -> bool:
-    """Tell, without waiting, whether the viewer has closed its side; what else it sends is dropped."""
-    viewer.settimeout(0)
-    try:
-        return not viewer.recv(READ_SIZE)
-    except (BlockingIOError, ssl.SSLWantReadError):
-        return False
+def show_events(handler: Handler, head: Head) -> None:
+    """GET /events: the log as server-sent events, each a line, whose id is the offset of its end.
 
-
-def format_frames(lines: bytes, start: int) -> bytes:
-    """Return whole lines, the first of which begins at the offset `start`, as server-sent events, without blank and foreign ones."""
-    frames, end = [], start
-    for line in lines.split(b"\n")[:-1]:
-        end += len(line) + 1
-        if line.startswith(_LINE_START) and b"\r" not in line:
-            frames.append(b"id: %d\ndata: %b\n\n" % (end, line))
-    return b"".join(frames)
+    `?log=` is for the page: it is also told by `log` events which file it reads, and from where. By the file's mark and an
+    offset, `?log=...&after=...`, it goes on in that file, wherever that was rotated to in the meantime.
+    """
+    check_password(handler, head)
+    query = dict(urllib.parse.parse_qsl(head.query, keep_blank_values=True))
+    mark, last = query.get("log"), query.get("after") or head.fields.get("last-event-id", "")
+    with viewer_place(handler), contextlib.closing(Tail(handler.server.settings.log)) as tail:
+        if not re.fullmatch(r"[0-9]{1,18}", last):
+            tail.offset = max(0, tail.size() - VIEW_BYTES)
+        elif (not mark or tail.go_back_to(mark)) and int(last) <= tail.size():
+            tail.offset = int(last)  # else its file has gone, and all of the present one is new
+        fields = [*VIEW_FIELDS, ("X-Accel-Buffering", "no"), ("Connection", "close")]
+        handler.request.socket.sendall(format_answer(200, None, "text/event-stream; charset=utf-8", fields))
+        if head.method == "GET":
+            follow(handler, tail, mark is not None)
 
 
 PAGE = r"""<!doctype html>
@@ -1874,6 +1867,12 @@ const CLOCK = new Intl.DateTimeFormat([], {timeStyle: "short"});
 const DAY = new Intl.DateTimeFormat([], {dateStyle: "medium", timeStyle: "short"});
 const $ = id => document.getElementById(id);
 const interviews = new Map(), seen = new Set(), changed = new Set();  // by code; ids of events; those to be drawn again
+
+// The connection. A `log` event names the file that the next lines are from, and the offset where they begin. With those two,
+// a new connection misses nothing, whatever the file is called by then.
+let source, heard, retry, due, wait = 2000;
+let log = "", at = "";                       // the file, and the offset up to which it has been read
+let origin = null, first, reach = 2 ** 20;   // the file and the offset that this page began at; how far the next step back goes
 
 // Text is only ever set as text. What cannot be seen in it, or turns it around (bidi marks), is spelt out.
 const shown = text => text.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, c => "\\u" + c.codePointAt(0).toString(16).padStart(4, "0"));
@@ -1994,12 +1993,6 @@ function render() {
   $("empty").hidden = interviews.size > 0 || origin === null;
 }
 
-// The connection. A `log` event names the file that the next lines are from, and the offset where they begin. With those two,
-// a new connection misses nothing, whatever the file is called by then.
-let source, heard, retry, due, wait = 2000;
-let log = "", at = "";                       // the file, and the offset up to which it has been read
-let origin = null, first, reach = 2 ** 20;   // the file and the offset that this page began at; how far the next step back goes
-
 function listen(message) {
   heard = Date.now();
   due ||= setTimeout(render, 60);
@@ -2055,6 +2048,13 @@ def _hash_of(tag: str) -> str:
 
 PAGE_POLICY = (f"default-src 'none'; script-src {_hash_of('script')}; style-src {_hash_of('style')}; connect-src 'self'; img-src data:; "
                "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+
+
+def show_page(handler: Handler, head: Head) -> None:
+    """GET /: the page."""
+    check_password(handler, head)
+    page = PAGE.replace("{PATH}", handler.server.settings.path.replace("&", "&amp;"))  # it holds no <: see `_path`
+    handler.answer(200, page.encode(), "text/html; charset=utf-8", ("Content-Security-Policy", PAGE_POLICY), *VIEW_FIELDS)
 
 
 # --- The sender: what Skype Interviews does, for trying things out ---
