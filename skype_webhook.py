@@ -89,7 +89,7 @@ WAKE_SECONDS = 0.1                # for the appends of a batch to wake one anoth
 CHECK_SECONDS = 2.0               # a load balancer gives its check less time than a sender its event
 DRAIN_SECONDS = 3.0               # how long a refused peer may go on sending before it is cut off
 DRAIN_BYTES = 8 * 2**20           # and how much
-STOP_SECONDS = 12.0               # for answers after SIGTERM; the exit is due within 15 s
+STOP_SECONDS = 10.0               # for answers after SIGTERM; the exit is due within 15 s
 CLOSE_SECONDS = 2.0               # for the last batch after that
 STOP_GRACE = 1.0                  # of which senders may use that much to finish what they have begun
 LOOK_SECONDS = 2.0                # between two looks at the certificate's files
@@ -1129,7 +1129,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def read_body(self, head: Head) -> bytes:
         if "expect" in head.fields and head.minor and not self.buffer:
+            self.request.answering = True  # a peer that does not take it is cut at its deadline, too
             self.request.socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.request.answering = False
         body = self.read_chunks() if head.length == CHUNKED else self.take(head.length or 0)
         self.unread = False
         return body
@@ -1251,7 +1253,7 @@ def load_context(cert: str, key: str) -> ssl.SSLContext:
     _check_pem("--key", key, "private key")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20:ECDHE+AES:!SHA1")  # the last for .NET on Windows Server 2012 R2
     context.num_tickets = 0  # two tickets cost 25 us, more than the signature that a resumption would save
     # A peer that half-closes, or whose time is over, still gets its answer.
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION | getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0x80)
@@ -1344,6 +1346,8 @@ class Receiver(socketserver.BaseServer):
             end.setblocking(False)
         self.selector.register(self.alarm, selectors.EVENT_READ)
         journal.on_final = self.end
+        if journal.final:  # it failed before there was anybody to end
+            self.end()
 
     def adopt(self, settings: Settings, certificate: Certificate | None) -> None:
         """Serve the requests to come by these settings, and the connections to come with this certificate."""
