@@ -1850,7 +1850,7 @@ em { display: block; color: var(--amber); font: 600 13px/1.45 system-ui, sans-se
 </style>
 <header><h1>Skype Interviews</h1><span id="state" role="status">connecting</span>
 <input id="filter" type="search" size="30" placeholder="Filter: code, stage, metadata" aria-label="Filter: code, stage, metadata"></header>
-<p id="note" class="small"></p>
+<main><p id="note" class="small"></p>
 <p id="empty" hidden>No events yet. Send a first one, on the receiver's machine and in its folder:<br>
 <code>python3 skype_webhook.py send '<span id="origin"></span>{PATH}' --insecure</code></p>
 <table role="table" hidden><caption class="unseen">Interviews, newest change first</caption>
@@ -1859,7 +1859,7 @@ em { display: block; color: var(--amber); font: 600 13px/1.45 system-ui, sans-se
 <th role="columnheader">Path</th><th role="columnheader">Changed</th></tr></thead>
 <tbody id="rows" role="rowgroup"></tbody></table>
 <p><button id="earlier" hidden>Load earlier events</button></p>
-<p id="news" class="unseen" aria-live="polite"></p>
+<p id="news" class="unseen" aria-live="polite"></p></main>
 <noscript>The live view needs JavaScript. In a terminal: python3 skype_webhook.py timeline</noscript>
 <script>
 "use strict";
@@ -1912,16 +1912,12 @@ function take(line) {
   changed.add(interview);
 }
 
-function settle(interview) {  // in the order of the events' own time; gaps and late arrivals are marked
+function settle(interview) {  // in the order of the events' own time, with gaps marked
   const steps = interview.steps.sort((a, b) => a.key < b.key ? -1 : 1);
-  let before = "", soonest = "~";
+  let before = "";
   for (const step of steps) {
     step.gap = Boolean(before && step.stage && step.previous !== before);
     before = step.stage || before;
-  }
-  for (const step of [...steps].reverse()) {
-    step.late = step.recorded > soonest;
-    if (!step.late) soonest = step.recorded;
   }
   interview.now = steps[steps.length - 1];
   interview.text = [interview.code, ...steps.flatMap(step => [step.stage, step.metadata])].join(" ").toLowerCase();
@@ -1949,7 +1945,6 @@ function item(step, i, steps) {
   const before = steps[i - 1], after = steps[i + 1], sameDay = before?.date.toDateString() === step.date.toDateString();
   const times = make("div", {className: "small"}, clock(step, sameDay ? CLOCK : DAY));
   if (after) times.append(` \u00b7 ${duration((after.date - step.date) / 1000)}`);
-  if (step.late) times.append(make("em", {}, "arrived late"));
   return make("li", {className: step.gap ? "gap" : "", title: shown(step.metadata)},
     step.gap ? make("em", {}, `gap: came from ${named(step.previous)}`) : "", mark(step.stage), named(step.stage), times);
 }
