@@ -931,11 +931,11 @@ class Connection:
     `proven` tells that it has delivered a verified event.
     """
 
-    __slots__ = ("answering", "is_cut", "peer", "proven", "since", "socket")
+    __slots__ = ("answering", "is_cut", "number", "peer", "proven", "since", "socket")
 
     def __init__(self, accepted: socket.socket, address: Any) -> None:
         host = address[0].removeprefix("::ffff:") if "." in address[0] else address[0]  # IPv4 on a dual-stack listener
-        self.socket = accepted
+        self.socket, self.number = accepted, accepted.fileno()  # TLS wraps the one, and keeps the other
         self.peer = f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
         self.since = time.monotonic()
         self.answering = self.is_cut = self.proven = False
@@ -1305,6 +1305,17 @@ class Certificate:
                 tell(f"error: {error}; the old certificate stays in use until the files change again")
 
 
+def one_is_over(links: Sequence[Connection]) -> bool:
+    """Tell whether one was cut, or reset by its peer, and only waits for its thread: a storm of resets comes faster than threads
+    see it, so that a good peer in its handshake is soon the oldest. A poll of 256 takes 40 us, where a MSG_PEEK each took 800."""
+    if not hasattr(select, "poll"):
+        return False
+    ends = select.poll()
+    for link in links:
+        ends.register(link.number, 0)
+    return bool(ends.poll(0))
+
+
 class Receiver(socketserver.BaseServer):
     """Accepts connections and serves each in a thread of a bounded pool.
 
@@ -1439,9 +1450,12 @@ class Receiver(socketserver.BaseServer):
             return self.evict() and len(self.connections) < self.settings.max_connections
 
     def evict(self, but: Connection | None = None) -> bool:
-        """Cut the connection that has waited longest for its request, of those that never delivered if there is one; return
-        whether one has gone. The caller holds `changed`."""
-        waiting = [link for link in self.connections if not (link.is_cut or link is but) and link.since < math.inf]
+        """Cut the connection that has waited longest for its request, of those that never delivered if there is one, but none
+        while one is leaving by itself; return whether one has gone. The caller holds `changed`."""
+        held = [link for link in self.connections if link is not but and link.since < math.inf]
+        if one_is_over(held) and self.changed.wait(0.1):
+            return True
+        waiting = [link for link in held if not link.is_cut]
         if waiting:
             min(waiting, key=lambda link: (link.proven, link.since)).cut()
         return self.changed.wait(0.1)
