@@ -22,6 +22,7 @@ import shutil
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -1715,6 +1716,20 @@ def test_a_kept_sender_that_has_delivered_outlives_a_flood(serve):
             assert [peer.recv(1) for peer in flood[:-3]] == [b""] * 9  # evicted, although they came later
             for peer in flood:
                 peer.close()
+    assert server.stop() == 0
+
+
+def test_a_peer_in_no_hurry_outlives_a_storm_of_connects_and_resets(serve):
+    server = serve("--max-connections", "8")
+    with Peer(server.port) as patient:
+        server.process.send_signal(signal.SIGSTOP)  # so that all of the storm has gone before the first of it is accepted
+        for _ in range(300):
+            with socket.create_connection(("127.0.0.1", server.port), 5) as gone:
+                gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        server.process.send_signal(signal.SIGCONT)
+        assert server.deliver(event())[0] == 200
+        patient.send(post(event()))
+        assert patient.answer()[0] == 200
     assert server.stop() == 0
 
 
