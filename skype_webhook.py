@@ -482,6 +482,11 @@ class _Entry:
         return True
 
 
+def _compact(event_id: str) -> bytes | str:
+    """Return an id as it is remembered: a SHA-256 by its bytes, which take a third less memory."""
+    return bytes.fromhex(event_id) if _SHA256.fullmatch(event_id) else event_id
+
+
 def _sync(descriptor: int) -> None:
     """Make durable what was written. The fsync of macOS ends at the drive's cache, and it has no fdatasync."""
     if hasattr(fcntl, "F_FULLFSYNC"):
@@ -523,8 +528,8 @@ class Journal:
         self._sleepers: deque[threading.Lock] = deque()   # of the batch just written, in the order of their waking
         self._all_awake = threading.Lock()                # the last of them
         self._all_awake.acquire()
-        self._recent: set[str] = set()
-        self._order: deque[str] = deque()
+        self._recent: set[bytes | str] = set()
+        self._order: deque[bytes | str] = deque()
         self._failing: str | None = None
         self._refused = 1                                 # bytes of the shortest line of the last batch that failed
         self.final: str | None = None                     # why the process has to end: a sync failed
@@ -553,7 +558,7 @@ class Journal:
     def append(self, event_id: str, line: bytes, seconds: float = STORE_SECONDS) -> bool:
         """Return True once `line` is durable, False if `event_id` already was; raise JournalError, at the latest after `seconds`."""
         with self._lock:
-            if event_id in self._recent:
+            if _compact(event_id) in self._recent:
                 return False
             entry = self._unsettled.get(event_id)
             first = entry is None
@@ -783,12 +788,13 @@ class Journal:
         return False
 
     def _remember(self, event_id: str) -> None:
-        if event_id in self._recent:
+        compact = _compact(event_id)
+        if compact in self._recent:
             return
         if len(self._order) >= RECENT_IDS:
             self._recent.discard(self._order.popleft())
-        self._recent.add(event_id)
-        self._order.append(event_id)
+        self._recent.add(compact)
+        self._order.append(compact)
 
     def _release(self) -> None:
         self._identity = self._seal_from = None
