@@ -102,7 +102,7 @@ REPORT_LIMIT = 10_000             # lines kept for a stderr that does not take t
 VIEWERS = 16                      # live views at once, besides the connections: people, not senders
 VIEW_BYTES = 2**20                # of the log that a new viewer gets: some 1,700 events
 VIEW_PAUSE = 0.2                  # seconds between two looks of a viewer, however many events come
-HEARTBEAT_SECONDS = 15.0          # of silence on an event stream; proxies close it after 60
+HEARTBEAT_SECONDS = 15.0          # between two on an event stream; proxies close a silent one after 60
 WRONG_PASSWORDS = 30              # a minute from one address; the next attempts are not even looked at
 WRONG_ADDRESSES = 10_000          # remembered at once
 BACKLOG = 1024                    # connections the kernel keeps for us while we accept
@@ -465,10 +465,10 @@ def tell_fault(error: BaseException, who: str) -> None:
 class _Entry:
     """One line on its way to the disk. `settled` is locked until the line's fate is known."""
 
-    __slots__ = ("error", "event_id", "is_settled", "line", "settled")
+    __slots__ = ("error", "is_settled", "key", "line", "settled")
 
-    def __init__(self, event_id: str, line: bytes) -> None:
-        self.event_id, self.line = event_id, line
+    def __init__(self, key: bytes | str, line: bytes) -> None:
+        self.key, self.line = key, line
         self.error: str | None = None
         self.is_settled = False
         self.settled = threading.Lock()
@@ -524,7 +524,7 @@ class Journal:
         self._wake = threading.Condition(self._lock)
         self._pending: list[_Entry] = []
         self._pending_bytes = 0
-        self._unsettled: dict[str, _Entry] = {}
+        self._unsettled: dict[bytes | str, _Entry] = {}
         self._sleepers: deque[threading.Lock] = deque()   # of the batch just written, in the order of their waking
         self._all_awake = threading.Lock()                # the last of them
         self._all_awake.acquire()
@@ -557,17 +557,18 @@ class Journal:
 
     def append(self, event_id: str, line: bytes, seconds: float = STORE_SECONDS) -> bool:
         """Return True once `line` is durable, False if `event_id` already was; raise JournalError, at the latest after `seconds`."""
+        key = _compact(event_id)
         with self._lock:
-            if _compact(event_id) in self._recent:
+            if key in self._recent:
                 return False
-            entry = self._unsettled.get(event_id)
+            entry = self._unsettled.get(key)
             first = entry is None
             if entry is None:
                 if self.final or self._closing:
                     raise JournalError(self.final or "the log is closed")
                 if self._pending_bytes > BACKLOG_BYTES:
                     raise JournalError("the disk has stalled, and too much waits for it")
-                entry = self._unsettled[event_id] = _Entry(event_id, line)
+                entry = self._unsettled[key] = _Entry(key, line)
                 self._pending.append(entry)
                 self._pending_bytes += len(line)
                 self._wake.notify()
@@ -643,9 +644,9 @@ class Journal:
             if error:
                 self._refused = min(len(entry.line) for entry in batch)
             for entry in batch:
-                del self._unsettled[entry.event_id]
-                if error is None and entry.event_id:
-                    self._remember(entry.event_id)
+                del self._unsettled[entry.key]
+                if error is None and entry.key:
+                    self._remember(entry.key)
             self._sleepers.extend([entry.settled for entry in batch if entry.settle(error)] + [self._all_awake])
         self._wake_next()
         if not self._all_awake.acquire(timeout=WAKE_SECONDS):  # one had given up waiting: it wakes nobody
@@ -753,7 +754,7 @@ class Journal:
         recent = [tail] if self._end_tail(tail) else []
         recent += itertools.islice((line for line in lines if line.startswith(_LINE_START)), RECENT_IDS)
         for line in reversed(recent):  # the oldest first: it will be forgotten first
-            self._remember(line[_ID].decode("ascii", "replace"))
+            self._remember(_compact(line[_ID].decode("ascii", "replace")))
         self._make_durable(_sync, self._appender)  # what a crash left unsynced must be durable before it is called a duplicate
 
     def _lines_backwards(self) -> Iterator[bytes]:
@@ -787,14 +788,13 @@ class Journal:
             self._failing = f"{self.path}: {error.strerror or error}"
         return False
 
-    def _remember(self, event_id: str) -> None:
-        compact = _compact(event_id)
-        if compact in self._recent:
+    def _remember(self, key: bytes | str) -> None:
+        if key in self._recent:
             return
         if len(self._order) >= RECENT_IDS:
             self._recent.discard(self._order.popleft())
-        self._recent.add(compact)
-        self._order.append(compact)
+        self._recent.add(key)
+        self._order.append(key)
 
     def _release(self) -> None:
         self._identity = self._seal_from = None
@@ -1356,7 +1356,7 @@ class Receiver(socketserver.BaseServer):
         self.selector = selectors.DefaultSelector()
         for listener in listeners:
             listener.setblocking(False)
-            # Inherited by what it accepts. With Nagle, session tickets or a 100 would hold an answer back for 40 ms.
+            # Inherited by what it accepts. With Nagle, a 100 would hold an answer back for 40 ms.
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.selector.register(listener, selectors.EVENT_READ, listener)
         for end in (self.alarm, self.bell):
