@@ -94,6 +94,7 @@ CLOSE_SECONDS = 2.0               # for the last batch after that
 STOP_GRACE = 1.0                  # of which senders may use that much to finish what they have begun
 LOOK_SECONDS = 2.0                # between two looks at the certificate's files
 CLOCK_HINT = 300.0                # seconds; a token this near its time was refused for a wrong clock
+TLS_RECORD = 16 * 1024            # bytes of data in the longest one
 READ_SIZE = 4 * 1024              # bytes a read; a delivery has about 1,000, and each waiting connection holds such a buffer
 READ_BACK = 2**20                 # bytes of the log read at once at start
 STDERR_SECONDS = 0.5              # for whoever reads stderr to take some of it
@@ -930,32 +931,94 @@ def format_answer(status: int, content: bytes | None, media_type: str, fields: S
 
 
 class Connection:
-    """An accepted socket and what the server must know to take its place away.
+    """An accepted socket, TLS over it, and what the server must know to take its place away.
+
+    TLS works on two buffers, and the socket is our own: one read brings what an SSLSocket takes three for, and another thread
+    can shut it down (SSLSocket.shutdown would clear its TLS state).
 
     `since` is the monotonic time from which the peer keeps us waiting: for its request, or to take its answer;
     infinite while its event is being stored. Whoever sets it to infinity, or cuts the connection, holds `Receiver.changed`.
     `proven` tells that it has delivered a verified event.
     """
 
-    __slots__ = ("answering", "is_cut", "number", "peer", "proven", "since", "socket")
+    __slots__ = ("answering", "incoming", "is_cut", "number", "outgoing", "peer", "proven", "since", "socket", "tls")
 
     def __init__(self, accepted: socket.socket, address: Any) -> None:
         host = address[0].removeprefix("::ffff:") if "." in address[0] else address[0]  # IPv4 on a dual-stack listener
-        self.socket, self.number = accepted, accepted.fileno()  # TLS wraps the one, and keeps the other
+        self.socket, self.number = accepted, accepted.fileno()
+        self.tls: ssl.SSLObject | None = None
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.peer = f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
         self.since = time.monotonic()
         self.answering = self.is_cut = self.proven = False
 
+    def handshake(self, context: ssl.SSLContext) -> bool:
+        """Speak TLS from now on, or return False where the peer does not, but HTTP: a capital letter first. Raise OSError."""
+        first = self.socket.recv(READ_SIZE)
+        if b"A" <= first[:1] <= b"Z":
+            return False
+        self.incoming.write(first)
+        self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
+        self._advance(self.tls.do_handshake)
+        if not self.incoming.pending:
+            self.acknowledge()  # in TLS 1.3 nothing of ours follows, that would
+        return True
+
+    def _fetch(self) -> None:
+        """Let TLS have what the peer sends next, or its end."""
+        received = self.socket.recv(READ_SIZE)
+        if received:
+            self.incoming.write(received)
+        else:
+            self.incoming.write_eof()
+
+    def _advance(self, step: Callable[[], Any]) -> Any:
+        """Return what a step of TLS returns, with as much from the peer as it wants, and what it has to say sent."""
+        while True:
+            try:
+                return step()
+            except ssl.SSLWantReadError:
+                pass
+            finally:
+                if self.outgoing.pending:
+                    self.socket.sendall(self.outgoing.read())
+            self._fetch()
+
+    def receive(self) -> bytes:
+        """Return what the peer sends next, b"" at its end; raise OSError."""
+        tls = self.tls
+        if tls is None:
+            return self.socket.recv(READ_SIZE)
+        if not (self.incoming.pending or tls.pending()):
+            self._fetch()
+        return bytes(self._advance(lambda: tls.read(READ_SIZE)))
+
+    def send(self, data: bytes, last: bool = False) -> None:
+        """Send all of `data`; after the `last` one TLS says goodbye. Raise OSError."""
+        if self.tls:
+            for start in range(0, len(data), TLS_RECORD):
+                self.tls.write(data[start:start + TLS_RECORD])
+            if last:
+                self._say_goodbye()
+            data = self.outgoing.read()
+        self.socket.sendall(data)
+
+    def _say_goodbye(self) -> None:
+        with contextlib.suppress(OSError):  # the peer's goodbye is not waited for
+            if self.tls:
+                self.tls.unwrap()
+        self.tls = None
+
     def stop_reading(self) -> None:
-        """Let the peer's thread read what has arrived, and then the end. SSLSocket.shutdown would clear its TLS state."""
+        """Let the peer's thread read what has arrived, and then the end."""
         with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.socket, socket.SHUT_RD)
+            self.socket.shutdown(socket.SHUT_RD)
 
     def cut(self) -> None:
         """End the connection from another thread, without an answer."""
         self.is_cut = True
         with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
+            self.socket.shutdown(socket.SHUT_RDWR)
 
     def acknowledge(self) -> None:
         """Acknowledge what has arrived now: until then, a sender with Nagle holds the rest back, for 40 ms as a rule."""
@@ -965,20 +1028,21 @@ class Connection:
     def more_has_arrived(self) -> bool:
         """Tell, without waiting, whether bytes of the peer can be read."""
         try:
-            return (isinstance(self.socket, ssl.SSLSocket) and self.socket.pending() > 0
-                    or bool(socket.socket.recv(self.socket, 1, socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0))))
+            return bool(self.tls and (self.incoming.pending or self.tls.pending())
+                        or self.socket.recv(1, socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0)))
         except OSError:
             return False
 
     def close(self, unread: bool) -> None:
         """Say goodbye and close. A close with `unread` data would reset, and the peer would never see its answer."""
-        with contextlib.suppress(OSError, ValueError):
-            if isinstance(self.socket, ssl.SSLSocket):
-                self.socket.settimeout(0)  # the closure alert is sent, the peer's is not waited for
-                self.socket.unwrap()
+        with contextlib.suppress(OSError):
+            if self.tls:
+                self._say_goodbye()
+                self.socket.settimeout(0)
+                self.socket.sendall(self.outgoing.read())
         with contextlib.suppress(OSError):
             if unread:
-                socket.socket.shutdown(self.socket, socket.SHUT_WR)
+                self.socket.shutdown(socket.SHUT_WR)
                 self._drain()
         self.socket.close()
 
@@ -986,7 +1050,7 @@ class Connection:
         end, left = time.monotonic() + DRAIN_SECONDS, DRAIN_BYTES
         while left > 0 and time.monotonic() < end:
             self.socket.settimeout(max(0.001, end - time.monotonic()))
-            count = len(socket.socket.recv(self.socket, READ_SIZE))
+            count = len(self.socket.recv(READ_SIZE))
             if not count:
                 return
             left -= count
@@ -1087,8 +1151,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def receive(self) -> bytes:
         """Return what the peer sends next, b"" at its end. The socket blocks: `Receiver.sweep` ends the wait in time."""
         try:
-            return self.request.socket.recv(READ_SIZE)
-        except (OSError, ValueError):  # reset, or broken TLS
+            return self.request.receive()
+        except OSError:  # reset, or broken TLS
             return b""
 
     def receive_more(self) -> bytes:
@@ -1136,7 +1200,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_body(self, head: Head) -> bytes:
         if "expect" in head.fields and head.minor and not self.buffer:
             self.request.answering = True  # a peer that does not take it is cut at its deadline, too
-            self.request.socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.request.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.request.answering = False
         body = self.read_chunks() if head.length == CHUNKED else self.take(head.length or 0)
         self.unread = False
@@ -1204,8 +1268,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fields = (*fields, ("Connection", "keep-alive"))
         self.request.since, self.request.answering = time.monotonic(), True
         try:
-            self.request.socket.sendall(format_answer(status, content, media_type, fields, self.method != "HEAD"))
-        except (OSError, ValueError):  # the peer has gone; what is recorded stays recorded
+            self.request.send(format_answer(status, content, media_type, fields, self.method != "HEAD"), self.close_connection)
+        except OSError:  # the peer has gone; what is recorded stays recorded
             self.close_connection = True
 
     def refuse(self, refusal: Rejected) -> None:
@@ -1432,8 +1496,8 @@ class Receiver(socketserver.BaseServer):
         now, limit = time.monotonic(), self.settings.request_timeout
         with self.changed:  # so that none of them begins to store its event meanwhile
             for link in self.connections:
-                if link.is_cut or link.answering and self.is_late(link):
-                    link.cut()  # once more: TLS may just have changed socket objects when it was cut first
+                if link.answering and self.is_late(link):
+                    link.cut()
                 elif self.is_late(link):
                     link.stop_reading()
             self.next_sweep = min([now + limit, *(due for link in self.connections if (due := link.since + limit) > now)])
@@ -1528,20 +1592,17 @@ class Receiver(socketserver.BaseServer):
 
     def handshake(self, link: Connection, context: ssl.SSLContext) -> bool:
         """Make the connection a TLS one; return whether it is."""
-        if not 0x41 <= (link.socket.recv(1, socket.MSG_PEEK) or b"\0")[0] <= 0x5A:  # a capital letter: plain HTTP
-            link.socket = context.wrap_socket(link.socket, server_side=True, do_handshake_on_connect=False)
-            try:
-                link.socket.do_handshake()
-                link.acknowledge()  # in TLS 1.3 nothing of ours follows, that would
+        try:
+            if link.handshake(context):
                 return True
-            except ssl.SSLError as error:
-                if error.reason and not isinstance(error, ssl.SSLEOFError):
-                    distrust = re.search("CERT|_CA", error.reason)
-                    hint = "; it does not trust the certificate: is it current, and --cert the full chain?" if distrust else ""
-                    tell(f"{link.peer} TLS handshake failed: {error.reason}{hint}")
-                return False
-        link.socket.sendall(format_answer(400, b"This port speaks https: use https:// in the URL.\n", "text/plain; charset=utf-8",
-                                          [("Connection", "close")]))
+        except ssl.SSLError as error:
+            if error.reason and not isinstance(error, ssl.SSLEOFError):
+                distrust = re.search("CERT|_CA", error.reason)
+                hint = "; it does not trust the certificate: is it current, and --cert the full chain?" if distrust else ""
+                tell(f"{link.peer} TLS handshake failed: {error.reason}{hint}")
+            return False
+        link.send(format_answer(400, b"This port speaks https: use https:// in the URL.\n", "text/plain; charset=utf-8",
+                                [("Connection", "close")]))
         tell(f"{link.peer} refused 400 plain HTTP on the TLS port; the URL has to begin with https://")
         link.close(unread=True)
         return False
@@ -1763,12 +1824,12 @@ def viewer_place(handler: Handler) -> Iterator[None]:
             server.viewers.discard(link)
 
 
-def has_gone(viewer: socket.socket) -> bool:
+def has_gone(viewer: Connection) -> bool:
     """Tell, without waiting, whether the viewer has closed its side; what else it sends is dropped."""
-    viewer.settimeout(0)
+    viewer.socket.settimeout(0)
     try:
-        return not viewer.recv(READ_SIZE)
-    except (BlockingIOError, ssl.SSLWantReadError):
+        return not viewer.receive()
+    except BlockingIOError:
         return False
 
 
@@ -1787,7 +1848,7 @@ def follow(handler: Handler, tail: Tail, is_page: bool) -> None:
     link, server, password = handler.request, handler.server, handler.server.settings.view_password
     told: str | None = None
     beat = time.monotonic()
-    while not (link.is_cut or server.stopping or has_gone(link.socket) or server.settings.view_password != password):
+    while not (link.is_cut or server.stopping or has_gone(link) or server.settings.view_password != password):
         lines = tail.read_on()
         start = tail.offset - len(lines)
         data = format_frames(lines, start)
@@ -1798,7 +1859,7 @@ def follow(handler: Handler, tail: Tail, is_page: bool) -> None:
             beat += HEARTBEAT_SECONDS
             data += b": heartbeat\n\n"
         link.socket.settimeout(server.settings.request_timeout)
-        link.socket.sendall(data)
+        link.send(data)
         time.sleep(VIEW_PAUSE)  # so sixteen viewers leave the senders their share of the processor
 
 
@@ -1817,7 +1878,7 @@ def show_events(handler: Handler, head: Head) -> None:
         elif (not mark or tail.go_back_to(mark)) and int(last) <= tail.size():
             tail.offset = int(last)  # else its file has gone, and all of the present one is new
         fields = [*VIEW_FIELDS, ("X-Accel-Buffering", "no"), ("Connection", "close")]
-        handler.request.socket.sendall(format_answer(200, None, "text/event-stream; charset=utf-8", fields))
+        handler.request.send(format_answer(200, None, "text/event-stream; charset=utf-8", fields))
         if head.method == "GET":
             follow(handler, tail, mark is not None)
 
