@@ -15,7 +15,7 @@ back once:
       body            Handler: read only now; then check 4
       pure            parse_event -> format_line                or Rejected -> 4xx, from any of the above
       disk            Journal.append: returns when durable      or JournalError -> 503
-      reply           200; nothing answers 2xx before this line
+      answer          200; nothing answers 2xx before this line
 """
 from __future__ import annotations
 
@@ -62,7 +62,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
 from functools import cached_property, lru_cache
-from http import HTTPStatus
 from typing import Any, NamedTuple, NoReturn, Optional
 
 try:
@@ -80,17 +79,17 @@ HEAD_LIMIT = 16 * 1024            # bytes, request line to the last CRLF: twice 
 FIELD_LIMIT = 64                  # header fields; a proxy's additions included, a request has about ten
 CHUNK_LINE_LIMIT = 8 * 1024       # bytes; chunk extensions are dropped, so nobody needs more
 DEPTH_LIMIT = 64                  # JSON containers; the documented event has two
-RECENT_IDS = 65_536               # ids remembered; far more than arrive within a token's ten seconds
+RECENT_IDS = 65_536               # ids remembered: 5,400 a second for the 12 s that a token is taken, leeways included
 RECENT_BYTES = 64 * 2**20         # bytes read back at start, whatever the size of the log
 BACKLOG_BYTES = 64 * 2**20        # bytes that may wait for a stalled disk
 STORE_SECONDS = 20.0              # the sender waits 30 s for its answer
-ANSWER_SECONDS = 28.0             # from the first byte of a slow request: it has used up some of them already
+ANSWER_SECONDS = 28.0             # from a request's first byte: a slow one leaves less than STORE_SECONDS to its event
 CHECK_SECONDS = 2.0               # a load balancer gives its check less time than a sender its event
 DRAIN_SECONDS = 3.0               # how long a refused peer may go on sending before it is cut off
 DRAIN_BYTES = 8 * 2**20           # and how much
 STOP_SECONDS = 10.0               # for answers after SIGTERM; the exit is due within 15 s
+STOP_GRACE = 1.0                  # the part of it in which senders may finish what they have begun
 CLOSE_SECONDS = 2.0               # for the last batch after that
-STOP_GRACE = 1.0                  # of which senders may use that much to finish what they have begun
 LOOK_SECONDS = 2.0                # between two looks at the certificate's files
 CLOCK_HINT = 300.0                # seconds; a token this near its time was refused for a wrong clock
 TLS_RECORD = 16 * 1024            # bytes of data in the longest one
@@ -105,22 +104,7 @@ VIEW_PAUSE = 0.2                  # seconds between two looks of a viewer, howev
 HEARTBEAT_SECONDS = 15.0          # between two on an event stream; proxies close a silent one after 60
 WRONG_PASSWORDS = 30              # a minute from one address; the next attempts are not even looked at
 WRONG_ADDRESSES = 10_000          # remembered at once
-BACKLOG = 1024                    # connections the kernel keeps for us while we accept
-
-STAGES = {
-    "InterviewCreated": "a recruiter created the interview",
-    "InterviewCanceled": "the recruiter canceled the interview",
-    "InterviewArchived": "the recruiter archived the interview",
-    "SchedulingTime": "candidate or interviewer is asked to propose or select a time",
-    "SchedulingFailed": "an error occurred during scheduling",
-    "SchedulingCompleted": "the interview has been scheduled",
-    "InterviewStarted": "the interview started, at least two participants joined",
-    "InterviewFailed": "an error occurred during the interview",
-    "InterviewCompleted": "a participant ended the interview",
-    "FeedbackCollecting": "the interview ended and awaits the interviewer's feedback",
-    "FeedbackFailed": "an error occurred while the feedback was submitted",
-    "FeedbackCompleted": "the interviewer submitted feedback",
-}
+ACCEPT_QUEUE = 1024                    # connections the kernel keeps for us while we accept
 
 
 # --- Errors: each knows its answer ---
@@ -144,6 +128,11 @@ class SettingsError(Exception):
     """A wrong setting, in one line that says what to do. Ends the start with exit code 2."""
 
 
+def _why(error: BaseException) -> str:
+    """Return an error's reason: what the operating system says of it, or else its text."""
+    return str(getattr(error, "strerror", None) or error)
+
+
 # --- JSON, strictly: pure ---
 
 
@@ -159,12 +148,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 # float() takes every number of JSON; int() raises on 4,300 digits and more, and a double holds all that a NumericDate needs.
-_BODY = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=float)
-_TOKEN = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=float, object_pairs_hook=_unique)
+_JSON = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=float)
+_UNIQUE_JSON = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=float, object_pairs_hook=_unique)
 _encode_text = json.encoder.encode_basestring
 
 
-# A string without its end is taken as one to the end, or the search would start anew at each quote in it.
+# An unterminated string is taken as one to the end; else the search would begin anew at each quote in it.
 _BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|([\[{])|[\]}]', re.DOTALL)
 
 
@@ -180,7 +169,7 @@ def _is_deep(data: bytes, limit: int) -> bool:
 
 def _decode_object(data: bytes, decoder: json.JSONDecoder, limit: int = DEPTH_LIMIT) -> dict[str, Any]:
     """Return the JSON object in `data` (UTF-8, RFC 8259, at most `limit` deep); raise ValueError for all that is not one."""
-    # Depth first: the decoder recurses, on 3.13 without regard to the recursion limit, and a small thread stack overflows.
+    # Before decoding: the decoder recurses, on 3.13 without regard to the recursion limit, and a small thread stack overflows.
     if data.count(b"{") + data.count(b"[") > limit and _is_deep(data, limit):
         raise ValueError(f"it is nested deeper than {limit} containers")
     value = decoder.decode(data.decode("utf-8"))  # json.loads(bytes) would take UTF-16 and UTF-32
@@ -216,13 +205,17 @@ def _base64url(data: bytes) -> bytes:
     return base64.urlsafe_b64encode(data).rstrip(b"=")
 
 
+def _signature(secret: bytes, signed: bytes) -> bytes:
+    return _base64url(hmac.digest(secret, signed, "sha256"))
+
+
 def _decode_segment(segment: bytes, name: str) -> dict[str, Any]:
     """Return the JSON object in one segment of a token (RFC 7515); raise Rejected."""
     try:
         data = base64.urlsafe_b64decode(segment + b"=" * (-len(segment) % 4))
         if _base64url(data) != segment:  # b64decode takes spare bits in the tail
             raise ValueError("not canonical base64url")
-        return _decode_object(data, _TOKEN)
+        return _decode_object(data, _UNIQUE_JSON)
     except ValueError:
         raise _invalid_token(f"signature: the token's {name} is not a JSON object in base64url") from None
 
@@ -254,7 +247,7 @@ def _check_time(claims: dict[str, Any], now: float, leeway: float) -> None:
     if "nbf" in claims:
         outside["nbf"] = _numeric_date(claims, "nbf") - now
     for name, by in outside.items():
-        if not by < leeway:  # a clock that is no number, either
+        if not by < leeway:  # "not <": a NaN clock is refused too
             what = f"expired {by:.1f} s ago" if name == "exp" else f"begins in {by:.1f} s"
             hint = "; check that the clocks of sender and receiver are right (NTP)" if by < CLOCK_HINT else ""
             raise _invalid_token(f"time: the token {what} by its {name}, "
@@ -275,15 +268,14 @@ def verify_token(authorization: str | None, credentials: Sequence[Credential], n
         raise _invalid_token("signature: the token is not three base64url segments")
     signed, _, signature = token.encode("ascii").rpartition(b".")
     # The encoded signatures are compared, as bytes: compare_digest raises on non-ASCII text.
-    signers = [credential for credential in credentials if credential.api_secret not in NO_SECRETS and hmac.compare_digest(
-        _base64url(hmac.digest(credential.api_secret, signed, "sha256")), signature)]
+    signers = [credential for credential in credentials if credential.api_secret not in NO_SECRETS
+               and hmac.compare_digest(_signature(credential.api_secret, signed), signature)]
     if not signers:
         raise _invalid_token("signature: it does not match; is the API secret the one of the API settings page?")
     header, _, payload = signed.partition(b".")
     _check_header(header)
     claims = _decode_segment(payload, "payload")
-    issuer = claims.get("iss")
-    if not isinstance(issuer, str) or not any(issuer == credential.api_key for credential in signers):
+    if claims.get("iss") not in [credential.api_key for credential in signers]:
         raise _invalid_token("issuer: the token's iss is not the API key")
     _check_time(claims, now, leeway)
     return claims
@@ -316,10 +308,26 @@ def sign(body: bytes, credential: Credential, now: float) -> str:
     claims = {"jti": str(uuid.uuid4()), "iss": credential.api_key, "sub": hashlib.sha256(body).hexdigest(),
               "exp": int(now) + 10, "iat": int(now)}
     signed = _base64url(b'{"alg":"HS256","typ":"JWT"}') + b"." + _base64url(json.dumps(claims).encode())
-    return (signed + b"." + _base64url(hmac.digest(credential.api_secret, signed, "sha256"))).decode()
+    return (signed + b"." + _signature(credential.api_secret, signed)).decode()
 
 
 # --- Events and lines: pure (a verified body in, one line of the log out) ---
+
+
+STAGES = {
+    "InterviewCreated": "a recruiter created the interview",
+    "InterviewCanceled": "the recruiter canceled the interview",
+    "InterviewArchived": "the recruiter archived the interview",
+    "SchedulingTime": "candidate or interviewer is asked to propose or select a time",
+    "SchedulingFailed": "an error occurred during scheduling",
+    "SchedulingCompleted": "the interview has been scheduled",
+    "InterviewStarted": "the interview started, at least two participants joined",
+    "InterviewFailed": "an error occurred during the interview",
+    "InterviewCompleted": "a participant ended the interview",
+    "FeedbackCollecting": "the interview ended and awaits the interviewer's feedback",
+    "FeedbackFailed": "an error occurred while the feedback was submitted",
+    "FeedbackCompleted": "the interviewer submitted feedback",
+}
 
 
 class Event(NamedTuple):
@@ -336,30 +344,32 @@ class Event(NamedTuple):
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _NOT_STRING = re.compile(  # what CloudEvents 1.0 excludes from its String: controls, surrogates, noncharacters
     "[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef" + "".join(chr(p * 0x10000 + n) for p in range(17) for n in (0xFFFE, 0xFFFF)) + "]")
+# Whole surrogate pairs come first, so that group 1 is a half without its other; then all other escapes.
 _ESCAPES = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F])|\\.", re.DOTALL)
 _RFC3339 = re.compile(r"(\d{4}-\d\d-\d\d)[Tt]([01]\d:[0-5]\d|2[0-3]:[0-5]\d):([0-5]\d|60)(?:\.(\d+))?"
                       r"(?:[Zz]|([+-])([01]\d|2[0-3]):([0-5]\d))", re.ASCII)
 _EPOCH = datetime(1970, 1, 1)
+TICKS = 10**7  # a second, as the service counts
 
 
 @lru_cache(maxsize=4096)  # a log's times are near each other: `timeline` reads a million of them
-def _minute(text: str) -> int:
+def _parse_minute(text: str) -> int:
     return (datetime.fromisoformat(text) - _EPOCH) // timedelta(minutes=1)
 
 
 def parse_time(text: str) -> int:
-    """Return an RFC 3339 time as nanoseconds since 1970 (UTC); raise ValueError."""
+    """Return an RFC 3339 time in ticks since 1970 (UTC); raise ValueError."""
     match = _RFC3339.fullmatch(text)
     if not match:
         raise ValueError("not an RFC 3339 time")
     day, minute, second, fraction, sign_, hours, minutes = match.groups()
     offset = int(f"{sign_}1") * (int(hours) * 60 + int(minutes)) if sign_ else 0
-    seconds = (_minute(f"{day}T{minute}") - offset) * 60 + int(second)
-    return seconds * 10**9 + int((fraction or "0").ljust(9, "0")[:9])
+    seconds = (_parse_minute(f"{day}T{minute}") - offset) * 60 + int(second)
+    return seconds * TICKS + int((fraction or "0").ljust(7, "0")[:7])
 
 
 def _text(value: object) -> str | None:
-    """Return a non-empty CloudEvents String, or None for all else."""
+    """Return a non-empty CloudEvents String, or None for all else; `isprintable` takes a tenth of the search's time."""
     return value if isinstance(value, str) and value and (value.isprintable() or not _NOT_STRING.search(value)) else None
 
 
@@ -377,9 +387,9 @@ def _stage(fields: dict[str, Any], name: str, warnings: list[str]) -> str | None
 def parse_event(body: bytes) -> Event:
     """Return the event in a verified body; raise Rejected(400) if it is not strict JSON, an object, at most 64 deep."""
     try:
-        fields = _decode_object(body, _BODY)
+        fields = _decode_object(body, _JSON)
     except ValueError as error:
-        reason = str(error) if str(error).isascii() and not isinstance(error, UnicodeError) else "it is not UTF-8"
+        reason = "it is not UTF-8" if isinstance(error, UnicodeError) else str(error)
         raise Rejected(400, f"the body is not an event: {reason}") from None
     warnings: list[str] = []
     kind, subject, sent = fields.get("event"), _text(fields.get("interviewCode")), fields.get("timestamp")
@@ -389,7 +399,7 @@ def parse_event(body: bytes) -> Event:
     if subject is None:
         warnings.append("interviewCode is missing or not plain text")
     try:
-        parse_time(sent) if isinstance(sent, str) else parse_time("")
+        parse_time(sent if isinstance(sent, str) else "")
     except ValueError:
         warnings.append("timestamp is missing or not an RFC 3339 time")
         sent = None
@@ -405,7 +415,7 @@ _ID = slice(len(_LINE_START), len(_LINE_START) + 64)
 
 
 @lru_cache(maxsize=2)  # only the first event of a second pays
-def _second(seconds: int) -> str:
+def _format_second(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat()[:19]
 
 
@@ -417,11 +427,11 @@ def format_line(event: Event, body: bytes, recorded: float, event_id: str | None
     escape: such a body is `data_base64`.
     """
     second = math.floor(recorded)
-    micros = round((recorded - second) * 1e6)  # up to a whole second
+    micros = round((recorded - second) * 1e6)  # it may round up to a whole second
     head = (f'"{event_id or hashlib.sha256(body).hexdigest()}","source":"https://interviews.skype.com","type":"{event.type}"'
             + (f',"subject":{_encode_text(event.subject)}' if event.subject is not None else "")
             + (f',"time":"{event.time}"' if event.time is not None else "")
-            + f',"recordedtime":"{_second(second + micros // 10**6)}.{micros % 10**6:06d}Z","datacontenttype":"application/json",')
+            + f',"recordedtime":"{_format_second(second + micros // 10**6)}.{micros % 10**6:06d}Z","datacontenttype":"application/json",')
     data = (b'"data_base64":"' + base64.b64encode(body) + b'"' if event.as_base64
             else b'"data":' + body.translate(_LINE_BREAKS))
     return b"".join((_LINE_START[:-1], head.encode(), data, b"}\n"))
@@ -438,11 +448,11 @@ def printable(text: str) -> str:
 def stamp(message: str) -> str:
     """Return the operator's line for `message`, as of now (UTC, to the millisecond)."""
     now = time.time()
-    return f"{_second(int(now))}.{int(now * 1000) % 1000:03d}Z {printable(message)}\n"
+    return f"{_format_second(int(now))}.{int(now * 1000) % 1000:03d}Z {printable(message)}\n"
 
 
 def write_lines(lines: Sequence[str]) -> None:
-    """Write lines to stderr by one write, or drop them; one that is closed, full or not read must cost neither event nor stop."""
+    """Write lines to stderr by one write, or drop them: one that is closed, full or not read costs no event and no stop."""
     with contextlib.suppress(OSError):
         if os.name != "posix" or select.select((), (2,), (), STDERR_SECONDS)[1]:
             os.write(2, "".join(lines).encode("utf-8", "backslashreplace"))
@@ -463,21 +473,20 @@ def tell_fault(error: BaseException, who: str) -> None:
 
 
 class _Entry:
-    """One line on its way to the disk. `settled` is locked until the line's fate is known."""
+    """One line on its way to the disk. `outcome`: None until it is known, and `settled` is locked as long; "" durable; or why not."""
 
-    __slots__ = ("error", "is_settled", "key", "line", "settled")
+    __slots__ = ("key", "line", "outcome", "settled")
 
     def __init__(self, key: bytes | str, line: bytes) -> None:
         self.key, self.line = key, line
-        self.error: str | None = None
-        self.is_settled = False
+        self.outcome: str | None = None
         self.settled = threading.Lock()
         self.settled.acquire()
 
-    def settle(self, error: str | None) -> None:
-        """Say what became of the line, once, and wake its append. The caller holds the journal's lock."""
-        if not self.is_settled:
-            self.is_settled, self.error = True, error
+    def settle(self, outcome: str) -> None:
+        """Say what became of the line, once, and wake its appends. The caller holds the journal's lock."""
+        if self.outcome is None:
+            self.outcome = outcome
             self.settled.release()
 
 
@@ -508,14 +517,16 @@ class Journal:
     last page first, so that a kill half-way leaves a torn tail again and never a broken line; then a newline
     ends them. `tail -F` prints the whole file again after a truncation, and glues lines without the newline.
 
-    `_lock` guards `_pending`, `_unsettled`, `_recent` and the flags; it is never held while the disk works.
-    `_wake` (on the same lock) wakes the thread when something is pending or the journal closes.
+    `_lock` guards `_pending` (not yet taken by the thread), `_unsettled` (those, and the batch being written) and `_closing`;
+    it is never held while the disk works. An id moves from `_unsettled` to `_recent` under it, so that an append finds it in
+    one of the two. Only the thread changes `_recent`, the file and what describes it. `final` and `_failing` are replaced
+    whole, without the lock. `_wake` (on the same lock) wakes the thread when something is pending or the journal closes.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self.on_final: Callable[[], None] = lambda: None  # called when a sync failed: the process has to end
-        self.sealed = 0                                   # bytes of a torn tail found at the start
+        self.sealed = 0                                   # bytes of a torn tail found when the file was opened
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
         self._pending: list[_Entry] = []
@@ -527,15 +538,16 @@ class Journal:
         self._refused = 1                                 # bytes of the shortest line of the last batch that failed
         self.final: str | None = None                     # why the process has to end: a sync failed
         self._closing = False
-        self._file = self._identity = None  # type: Any
+        self._file: Any = None                            # a second descriptor, to read and to seal by
+        self._identity: tuple[int, int] | None = None     # device and inode of the open file
         self._appender = -1
-        self._seal_from: int | None = None                # where a torn tail begins that has to be sealed yet
-        self._end = 0                                     # where our last write ended: a file of another size was changed by others
+        self._seal_from: int | None = None                # where a torn tail begins that is still to be sealed
+        self._end = 0                                     # where our last write ended; a file of another size was changed by others
         try:
             self._open()
         except OSError as error:
             self._release()
-            raise JournalError(f"{error.strerror or error}") from None
+            raise JournalError(_why(error)) from None
         except BaseException:
             self._release()
             raise
@@ -569,8 +581,8 @@ class Journal:
             self._failing = f"the disk did not take it within {seconds:.3g} s"
             raise JournalError(self._failing)
         entry.settled.release()  # for one more append of the same id
-        if entry.error:
-            raise JournalError(entry.error)
+        if entry.outcome:
+            raise JournalError(entry.outcome)
         return first
 
     def check(self) -> None:
@@ -601,14 +613,7 @@ class Journal:
             self._release()
 
     def _run(self) -> None:
-        try:
-            self._commit_batches()
-        finally:
-            if not self._closing:  # a fault: without this thread nothing can be stored
-                self.final = self.final or f"{self.path}: its thread ended"
-                self.on_final()
-
-    def _commit_batches(self) -> None:
+        """Commit one batch after another until the journal closes: the life of its thread."""
         while True:
             with self._lock:
                 while not self._pending and not self._closing:
@@ -617,10 +622,10 @@ class Journal:
             if not batch:
                 return
             try:
-                error = self.final or self._commit(b"".join([entry.line for entry in batch]))
-            except Exception as fault:  # out of memory, or a fault of ours
-                error = self.final = f"{self.path}: {type(fault).__name__}"
-            self._settle(batch, error)
+                self._settle(batch, self.final or self._commit(b"".join([entry.line for entry in batch])))
+            except Exception as fault:  # out of memory, or a fault of ours: without this thread nothing can be stored
+                self.final = f"{self.path}: {type(fault).__name__}"
+                self._settle(batch, self.final)
             if self.final:
                 self.on_final()
 
@@ -631,10 +636,10 @@ class Journal:
             if error:
                 self._refused = min(len(entry.line) for entry in batch)
             for entry in batch:
-                del self._unsettled[entry.key]
+                self._unsettled.pop(entry.key, None)
                 if error is None and entry.key:
                     self._remember(entry.key)
-                entry.settle(error)
+                entry.settle(error or "")
 
     def _commit(self, data: bytes) -> str | None:
         """Write and sync one batch; return None, or why none of its lines counts."""
@@ -649,7 +654,7 @@ class Journal:
             self._make_durable(_sync, self._appender)
         except OSError as error:
             self._take_back(written)
-            return self.final or f"{self.path}: {error.strerror or error}"
+            return self.final or f"{self.path}: {_why(error)}"
         except JournalError as error:
             return f"{self.path}: {error}"
         return None
@@ -659,7 +664,7 @@ class Journal:
         try:
             sync(descriptor)
         except OSError as error:
-            self.final = f"{self.path}: sync: {error.strerror or error}"
+            self.final = f"{self.path}: sync: {_why(error)}"
             raise
 
     def _take_back(self, written: int) -> None:
@@ -688,7 +693,7 @@ class Journal:
     def _follow(self) -> None:
         """Open the path anew if it is no longer our file: renamed (logrotate), removed, or failed before.
 
-        If it is, but of another size, somebody has cut it (copytruncate) or written to it: their torn line is not ours to lengthen.
+        If it is, but of another size, somebody has cut it (copytruncate) or written to it: their torn line is ended before ours.
         """
         try:
             now: os.stat_result | None = os.stat(self.path)
@@ -711,8 +716,6 @@ class Journal:
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
         self._appender = os.open(self.path, flags, 0o600)
         status = os.fstat(self._appender)
-        if not stat.S_ISREG(status.st_mode):
-            raise JournalError("it is not a regular file")
         if fcntl:
             try:
                 fcntl.flock(self._appender, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -733,6 +736,7 @@ class Journal:
         """End a torn tail, and remember the ids that stand at the end of the file."""
         lines = self._lines_backwards()
         tail = next(lines)
+        self.sealed = len(tail)
         recent = [tail] if self._end_tail(tail) else []
         recent += itertools.islice((line for line in lines if line.startswith(_LINE_START)), RECENT_IDS)
         for line in reversed(recent):  # the oldest first: it will be forgotten first
@@ -741,33 +745,34 @@ class Journal:
 
     def _lines_backwards(self) -> Iterator[bytes]:
         """Yield what stands after the last newline, then the whole lines before it, the last first, RECENT_BYTES in all."""
-        start, rest, within = self._file.seek(0, os.SEEK_END), b"", False
+        start, rest, newline_seen = self._file.seek(0, os.SEEK_END), b"", False
         limit = max(0, start - RECENT_BYTES)
         while start > limit:
             end, start = start, max(limit, start - READ_BACK)
             self._file.seek(start)
             rest, *whole = (self._file.read(end - start) + rest).split(b"\n")
-            within = within or bool(whole)
+            newline_seen = newline_seen or bool(whole)
             yield from reversed(whole)
         if start == 0:
             yield rest
-        elif not within:
+        elif not newline_seen:
             raise JournalError("its last line is longer than any event; is it a log of this program?")
 
     def _end_tail(self, tail: bytes) -> bool:
         """Seal bytes that stand after the last newline; return whether they are an event, which only lacked its newline."""
-        self.sealed = len(tail)
         self._seal_from = self._file.seek(0, os.SEEK_END) - len(tail) if tail else None
         with contextlib.suppress(ValueError, OSError):
-            if tail.startswith(_LINE_START) and _decode_object(tail, _BODY, DEPTH_LIMIT + 1) and os.write(self._appender, b"\n"):
-                self._seal_from = None
-                return True
+            if tail.startswith(_LINE_START):
+                _decode_object(tail, _JSON, DEPTH_LIMIT + 1)  # or ValueError: it is torn
+                if os.write(self._appender, b"\n"):
+                    self._seal_from = None
+                    return True
         try:
             self._seal()
         except OSError as error:  # a full disk, say: tried again before the next event, no restart is needed
             if self.final:
                 raise
-            self._failing = f"{self.path}: {error.strerror or error}"
+            self._failing = f"{self.path}: {_why(error)}"
         return False
 
     def _remember(self, key: bytes | str) -> None:
@@ -807,10 +812,10 @@ class Head(NamedTuple):
 
     method: str
     path: str
+    query: str
     minor: int
     fields: dict[str, str]
     length: int | None
-    query: str = ""
 
     def persistent(self) -> bool:
         """Tell whether the sender wants to keep the connection (RFC 9112 section 9.3)."""
@@ -819,8 +824,8 @@ class Head(NamedTuple):
 
 
 def _parse_fields(lines: list[bytes]) -> dict[str, str]:
-    """Return field values by lower-case name; repeated ones are joined by ", " (RFC 9110 section 5.3),
-    which no field that may stand only once can hold, so that the check of its value refuses it."""
+    """Return field values by lower-case name. Repeated ones are joined by ", " (RFC 9110 section 5.3); a field that may stand
+    only once refuses that in the check of its value."""
     if len(lines) > FIELD_LIMIT:
         raise Rejected(431, f"there are more than {FIELD_LIMIT} header fields")
     fields: dict[str, str] = {}
@@ -848,8 +853,7 @@ def _body_length(fields: dict[str, str], minor: int) -> int | None:
         return None
     if not (length.isascii() and length.isdigit()):  # int() would take 1_0 and +5
         raise Rejected(400, "Content-Length is not one decimal number")
-    digits = length.lstrip("0")
-    return int(digits or "0") if len(digits) < 19 else sys.maxsize
+    return int(min(float(length), 2**53))  # int() raises on very many digits
 
 
 def _parse_request_line(line: bytes) -> tuple[str, str, str, int]:
@@ -877,7 +881,7 @@ def parse_head(data: bytes) -> Head:
     length = _body_length(fields, minor)
     if fields.get("expect", "100-continue").lower() != "100-continue":
         raise Rejected(417, "the only expectation known here is 100-continue")
-    return Head(method, path, minor, fields, length, query)
+    return Head(method, path, query, minor, fields, length)
 
 
 def parse_chunk_size(line: bytes) -> int:
@@ -888,7 +892,9 @@ def parse_chunk_size(line: bytes) -> int:
     return int(match[1], 16)
 
 
-_REASONS = dict(http.client.responses)
+# --- One connection: its socket, its answers, and the handler of its requests ---
+
+_REASONS = http.client.responses
 
 
 @lru_cache(maxsize=2)
@@ -896,23 +902,22 @@ def _http_date(second: int) -> str:
     return formatdate(second, usegmt=True)
 
 
-def format_answer(status: int, content: bytes | None, media_type: str, fields: Sequence[tuple[str, str]],
-                  with_content: bool = True) -> bytes:
-    """Return an answer as bytes, to be sent by one write: two would wait for each other (Nagle, 40 ms).
+def format_head(status: int, length: int | None, media_type: str, fields: Sequence[tuple[str, str]]) -> bytes:
+    """Return the head of an answer. By one write with its content: two would wait for each other (Nagle, 40 ms).
 
-    Where `content` is None, it follows, and ends with the connection."""
-    length = "" if content is None else f"Content-Length: {len(content)}\r\n"
-    more = "".join([f"{name}: {value}\r\n" for name, value in fields])
-    head = (f"HTTP/1.1 {status} {_REASONS[status]}\r\nServer: skype_webhook\r\nDate: {_http_date(int(time.time()))}\r\n"
-            f"Content-Type: {media_type}\r\n{length}{more}\r\n")
-    return head.encode("latin-1") + (content if content and with_content else b"")
-
-
-# --- One connection: its socket, and the handler of its requests ---
+    Where `length` is None, the content ends with the connection.
+    """
+    lines = [f"HTTP/1.1 {status} {_REASONS[status]}", "Server: skype_webhook", f"Date: {_http_date(int(time.time()))}",
+             f"Content-Type: {media_type}", *(f"{name}: {value}" for name, value in fields)]
+    if length is not None:
+        lines.append(f"Content-Length: {length}")
+    return "\r\n".join([*lines, "\r\n"]).encode("latin-1")
 
 
 class Connection:
     """An accepted socket, TLS over it, and what the server must know to take its place away.
+
+    The server calls it a link; the hooks of socketserver, and the handler, `request`.
 
     TLS works on two buffers, and the socket is our own: one read brings what an SSLSocket takes three for, and another thread
     can shut it down (SSLSocket.shutdown would clear its TLS state).
@@ -922,11 +927,11 @@ class Connection:
     `proven` tells that it has delivered a verified event.
     """
 
-    __slots__ = ("answering", "incoming", "is_cut", "number", "outgoing", "peer", "proven", "since", "socket", "tls")
+    __slots__ = ("answering", "descriptor", "incoming", "is_cut", "outgoing", "peer", "proven", "since", "socket", "tls")
 
     def __init__(self, accepted: socket.socket, address: Any) -> None:
         host = address[0].removeprefix("::ffff:") if "." in address[0] else address[0]  # IPv4 on a dual-stack listener
-        self.socket, self.number = accepted, accepted.fileno()
+        self.socket, self.descriptor = accepted, accepted.fileno()
         self.tls: ssl.SSLObject | None = None
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.peer = f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
@@ -934,7 +939,7 @@ class Connection:
         self.answering = self.is_cut = self.proven = False
 
     def handshake(self, context: ssl.SSLContext) -> bool:
-        """Speak TLS from now on, or return False where the peer does not, but HTTP: a capital letter first. Raise OSError."""
+        """Speak TLS from now on, or return False for plain HTTP, which begins with a capital letter. Raise OSError."""
         first = self.socket.recv(READ_SIZE)
         if b"A" <= first[:1] <= b"Z":
             return False
@@ -942,7 +947,7 @@ class Connection:
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
         self._advance(self.tls.do_handshake)
         if not self.incoming.pending:
-            self.acknowledge()  # in TLS 1.3 nothing of ours follows, that would
+            self.acknowledge()  # in TLS 1.3 nothing of ours follows that would carry it
         return True
 
     def _fetch(self) -> None:
@@ -975,23 +980,24 @@ class Connection:
         return bytes(self._advance(lambda: tls.read(READ_SIZE)))
 
     def send(self, data: bytes, last: bool = False) -> None:
-        """Send all of `data`; after the `last` one TLS says goodbye. Raise OSError."""
+        """Send all of `data`, with the closure alert of TLS after the `last`. Raise OSError."""
         if self.tls:
             for start in range(0, len(data), TLS_RECORD):
                 self.tls.write(data[start:start + TLS_RECORD])
             if last:
-                self._say_goodbye()
+                self._write_close_notify()
             data = self.outgoing.read()
         self.socket.sendall(data)
 
-    def _say_goodbye(self) -> None:
-        with contextlib.suppress(OSError):  # the peer's goodbye is not waited for
+    def _write_close_notify(self) -> None:
+        """Have TLS say that nothing follows, once: `tls` is None afterwards."""
+        with contextlib.suppress(OSError):  # the peer's is not waited for
             if self.tls:
                 self.tls.unwrap()
         self.tls = None
 
     def stop_reading(self) -> None:
-        """Let the peer's thread read what has arrived, and then the end."""
+        """Let the connection's own thread read what has arrived, and then the end."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RD)
 
@@ -1015,10 +1021,10 @@ class Connection:
             return False
 
     def close(self, unread: bool) -> None:
-        """Say goodbye and close. A close with `unread` data would reset, and the peer would never see its answer."""
+        """Close, by closure alert first. A close with `unread` data would reset, and the peer would never see its answer."""
         with contextlib.suppress(OSError):
             if self.tls:
-                self._say_goodbye()
+                self._write_close_notify()
                 self.socket.settimeout(0)
                 self.socket.sendall(self.outgoing.read())
         with contextlib.suppress(OSError):
@@ -1065,13 +1071,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         """Read one request and answer it; `close_connection` tells `handle` whether another can follow."""
-        self.close_connection = self.unread = True
-        self.method, self.peer = "", self.request.peer
+        self.close_connection, self.unread = True, False
+        self.method, self.keep_alive, self.peer = "", False, self.request.peer
+        if not self.begin():
+            return
+        self.unread = True
         try:
-            if not self.begin():
-                self.unread = False
-                return
-            head = parse_head(self.read_section(1))
+            head = parse_head(self.read_section())
             self.method = head.method
             self.unread = head.length not in (None, 0)
             self.close_connection = not head.persistent()
@@ -1087,17 +1093,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def begin(self) -> bool:
         """Wait for the first byte of a request; return False if the peer has none."""
-        while self.buffer in (b"", b"\r\n"):  # old senders end a body with an empty line (RFC 9112 section 2.2); it begins no request
+        while self.buffer in (b"", b"\r", b"\r\n"):
             received = self.receive()
             if not received:
                 return False
             self.buffer += received
+        self.buffer = self.buffer.removeprefix(b"\r\n")  # with which old senders end a body (RFC 9112 section 2.2)
         if not self.first:  # the time of the first request runs since accept
             self.request.since = time.monotonic()
         self.started = self.request.since
         return True
 
     def route(self, head: Head) -> None:
+        """Have the request answered by what stands at its path for its method; raise Rejected if that is nothing."""
         methods = self.server.routes.get(head.path)
         if methods is None:
             raise Rejected(404, "there is nothing at this path")
@@ -1149,26 +1157,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Rejected(503, "the receiver is stopping; send it again", ("Retry-After", "1"))
         raise Rejected(400, "the request ended before it was whole")
 
-    def read_section(self, leading: int) -> bytes:
-        """Return field lines up to an empty line, without their last CRLF; `leading` empty lines are ignored (RFC 9112 section 2.2)."""
+    def read_until(self, end: bytes, limit: int) -> bytes | None:
+        """Return what stands before `end`, and drop both from the buffer; None if it is longer than `limit` bytes."""
         scanned = 0
-        while True:
-            if leading and self.buffer.startswith(b"\r\n"):
-                self.buffer, leading = self.buffer[2:], 0
-            end = self.buffer.find(b"\r\n\r\n", scanned)
-            if end >= 0 and end + 4 <= HEAD_LIMIT:
-                section, self.buffer = self.buffer[:end], self.buffer[end + 4:]
-                return section
-            if len(self.buffer) > HEAD_LIMIT:
-                if not self.buffer.startswith(b"\r\n"):  # a head, not trailers: is it the target that is too long?
-                    _parse_request_line(self.buffer.partition(b"\r\n")[0])
-                raise Rejected(431, f"the head is longer than {HEAD_LIMIT} bytes")
+        while (length := self.buffer.find(end, scanned)) < 0 and len(self.buffer) <= limit + len(end):
             if _BARE.search(self.buffer, scanned):
-                raise Rejected(400, "the head has a bare CR or LF, or a NUL (RFC 9112 section 2.2)")
-            scanned = max(0, len(self.buffer) - 3)
+                raise Rejected(400, "there is a bare CR or LF, or a NUL (RFC 9112 section 2.2)")
+            scanned = max(0, len(self.buffer) - len(end) + 1)
             self.buffer += self.receive_more()
+        if not 0 <= length <= limit:
+            return None
+        data, self.buffer = self.buffer[:length], self.buffer[length + len(end):]
+        return data
+
+    def read_section(self) -> bytes:
+        """Return field lines up to an empty line, without their last CRLF."""
+        section = self.read_until(b"\r\n\r\n", HEAD_LIMIT - 4)
+        if section is None:
+            if not self.buffer.startswith(b"\r\n"):  # a head, not trailers: is it the target that is too long?
+                _parse_request_line(self.buffer.partition(b"\r\n")[0])
+            raise Rejected(431, f"the head is longer than {HEAD_LIMIT} bytes")
+        return section
 
     def check_length(self, head: Head) -> None:
+        """Raise Rejected where no body is announced, or one that is too long."""
         if head.length is None:
             self.close_connection = self.unread = True
             raise Rejected(411, "a Content-Length, or a chunked body, is needed")
@@ -1179,15 +1191,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return Rejected(413, f"the body is longer than {self.server.settings.max_body} bytes")
 
     def read_body(self, head: Head) -> bytes:
+        """Return the body; a sender that waits for a 100 gets it now. Raise Rejected."""
         if "expect" in head.fields and head.minor and not self.buffer:
             self.request.answering = True  # a peer that does not take it is cut at its deadline, too
             self.request.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.request.answering = False
-        body = self.read_chunks() if head.length == CHUNKED else self.take(head.length or 0)
+        body = self.read_chunks() if head.length == CHUNKED else self.read_exactly(head.length or 0)
         self.unread = False
         return body
 
-    def take(self, count: int) -> bytes:
+    def read_exactly(self, count: int) -> bytes:
+        """Return so many bytes; what has arrived beyond them stays in the buffer."""
         parts, left = [self.buffer], count - len(self.buffer)
         while left > 0:
             parts.append(self.receive_more())
@@ -1200,33 +1214,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Return a chunked body (RFC 9112 section 7.1). Its framing counts towards the cap; trailers are checked and dropped."""
         parts, left = [], self.server.settings.max_body
         while True:
-            line = self.read_chunk_line()
+            line = self.read_until(b"\r\n", CHUNK_LINE_LIMIT)
+            if line is None:
+                raise Rejected(400, f"a chunk line is longer than {CHUNK_LINE_LIMIT} bytes")
             size = parse_chunk_size(line)
             left -= len(line) + size + 4
             if left < 0:
                 raise self.too_long()
             if size == 0:
                 break
-            chunk = self.take(size + 2)
+            chunk = self.read_exactly(size + 2)
             if not chunk.endswith(b"\r\n"):
                 raise Rejected(400, "a chunk is longer than its size (RFC 9112 section 7.1)")
             parts.append(chunk[:-2])
         self.buffer = b"\r\n" + self.buffer  # so that the trailer section, often empty, ends like a head
-        trailers = self.read_section(0)
-        _parse_fields(trailers.split(b"\r\n")[1:])
+        _parse_fields(self.read_section().split(b"\r\n")[1:])
         return b"".join(parts)
-
-    def read_chunk_line(self) -> bytes:
-        scanned = 0
-        while True:
-            end = self.buffer.find(b"\r\n", scanned)
-            if 0 <= end <= CHUNK_LINE_LIMIT:
-                line, self.buffer = self.buffer[:end], self.buffer[end + 2:]
-                return line
-            if len(self.buffer) > CHUNK_LINE_LIMIT or _BARE.search(self.buffer, scanned):
-                raise Rejected(400, "a chunk line is too long or holds a bare CR or LF")
-            scanned = max(0, len(self.buffer) - 1)
-            self.buffer += self.receive_more()
 
     # storing and answering
 
@@ -1241,6 +1244,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, status: int, content: bytes, media_type: str = "application/json", *fields: tuple[str, str]) -> None:
         """Send one answer; whether the connection is kept is decided here."""
+        # While stopping, the last request that has arrived ends the connection.
         if self.unread or self.server.stopping and not (self.buffer or self.request.more_has_arrived()):
             self.close_connection = True
         if self.close_connection:
@@ -1249,11 +1253,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fields = (*fields, ("Connection", "keep-alive"))
         self.request.since, self.request.answering = time.monotonic(), True
         try:
-            self.request.send(format_answer(status, content, media_type, fields, self.method != "HEAD"), self.close_connection)
+            head = format_head(status, len(content), media_type, fields)
+            self.request.send(head if self.method == "HEAD" else head + content, self.close_connection)
         except OSError:  # the peer has gone; what is recorded stays recorded
             self.close_connection = True
 
     def refuse(self, refusal: Rejected) -> None:
+        """Answer by a problem (RFC 9457), and tell the operator."""
         if not self.request.is_cut:
             problem = {"title": _REASONS[refusal.status], "status": refusal.status, "detail": refusal.detail}
             self.answer(refusal.status, json.dumps(problem).encode(), "application/problem+json", *refusal.fields)
@@ -1278,6 +1284,7 @@ def _check_pem(flag: str, path: str, content: str) -> None:
 
 
 def _refuse_password() -> str:
+    """Called by OpenSSL for an encrypted key, in place of its question on the terminal."""
     raise SettingsError("the key is encrypted; decrypt it (openssl pkey -in KEY -out NEW) and keep it readable by this user only")
 
 
@@ -1290,7 +1297,7 @@ def _doubts(context: ssl.SSLContext, cert: str) -> str:
     ends = peer.wrap_bio(down, up), context.wrap_bio(up, down, server_side=True)
     try:
         peer.load_verify_locations(cert)
-        for end in ends * 3:
+        for end in ends * 3:  # turns enough for a whole handshake
             with contextlib.suppress(ssl.SSLWantReadError):
                 end.do_handshake()
     except OSError as error:
@@ -1328,27 +1335,27 @@ class Certificate:
 
     def __init__(self, cert: str, key: str) -> None:
         self.cert, self.key = cert, key
-        self.seen = self.stamps()
+        self.seen = self.versions()
         self.context = load_context(cert, key)
         self.next_look = 0.0
 
-    def stamps(self) -> list[tuple[int, ...]]:
-        """What changes with the files. The time of status change too: rsync and tar keep the other, and chmod changes no other."""
-        stamps: list[tuple[int, ...]] = []
+    def versions(self) -> list[tuple[int, ...]]:
+        """Return what tells a changed file: ctime too, since rsync and tar keep mtime, and chmod changes nothing else."""
+        versions: list[tuple[int, ...]] = []
         for path in (self.cert, self.key):
             with contextlib.suppress(OSError):
                 status = os.stat(path)  # through symlinks, as certbot lays them
-                stamps.append((status.st_ino, status.st_ctime_ns, status.st_mtime_ns, status.st_size))
-        return stamps
+                versions.append((status.st_ino, status.st_ctime_ns, status.st_mtime_ns, status.st_size))
+        return versions
 
     def follow(self) -> None:
         """Swap the context in if the files changed and load; else keep the old one until they change again."""
         if time.monotonic() < self.next_look:
             return
         self.next_look = time.monotonic() + LOOK_SECONDS
-        stamps = self.stamps()
-        if stamps != self.seen:
-            self.seen = stamps
+        versions = self.versions()
+        if versions != self.seen:
+            self.seen = versions
             try:
                 self.context = load_context(self.cert, self.key)
                 tell(f"the new certificate {self.cert} is in use")
@@ -1363,7 +1370,7 @@ def one_is_over(links: Sequence[Connection]) -> bool:
         return False
     ends = select.poll()
     for link in links:
-        ends.register(link.number, 0)
+        ends.register(link.descriptor, 0)
     return bool(ends.poll(0))
 
 
@@ -1393,9 +1400,8 @@ class Receiver(socketserver.BaseServer):
         self.reports: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.reporter = threading.Thread(target=self.write_reports, name="reporter", daemon=True)
         self.reporter.start()
-        self.next_sweep = 0.0
-        self.next_complaint = 0.0
-        self.waiting: queue.SimpleQueue[tuple[Connection, str]] = queue.SimpleQueue()  # for a thread
+        self.next_sweep = self.next_complaint = 0.0
+        self.waiting: queue.SimpleQueue[Connection] = queue.SimpleQueue()  # for a thread
         self.threads = 0
         self.alarm, self.bell = socket.socketpair()
         self.selector = selectors.DefaultSelector()
@@ -1413,12 +1419,13 @@ class Receiver(socketserver.BaseServer):
 
     def adopt(self, settings: Settings, certificate: Certificate | None) -> None:
         """Serve the requests to come by these settings, and the connections to come with this certificate."""
+        # show_page and show_events are the live view's, below.
         routes: dict[str, dict[str, Callable[[Handler, Head], None]]] = {
             "/healthz": {"GET": Handler.answer_health, "HEAD": Handler.answer_health}}
         if settings.view_password:
             routes.update({"/": {"GET": show_page, "HEAD": show_page}, "/events": {"GET": show_events, "HEAD": show_events}})
         routes.setdefault(settings.path, {})["POST"] = Handler.do_POST
-        self.settings, self.certificate, self.routes = settings, certificate, routes  # whole: requests come while this runs
+        self.settings, self.certificate, self.routes = settings, certificate, routes  # each whole: requests come meanwhile
 
     def report(self, outcome: str, line: str) -> None:
         """Count an outcome, and hand its line over to the reporter; lines are dropped while stderr takes none."""
@@ -1429,13 +1436,12 @@ class Receiver(socketserver.BaseServer):
     def write_reports(self) -> None:
         """Write the lines of deliveries, those of REPORT_PAUSE at once: a write each hands the interpreter lock over once
         more, which costs a seventh of the rate. The life of the reporter, until an empty line."""
-        ended = False
-        while not ended:
+        lines: list[str] = []
+        while "" not in lines:
             lines = [self.reports.get()]
             time.sleep(REPORT_PAUSE)
             lines += [self.reports.get() for _ in range(self.reports.qsize())]  # nobody else takes any
             write_lines(lines)
-            ended = "" in lines
 
     def end(self) -> None:
         """Stop serving: from any thread, or a signal's handler."""
@@ -1443,11 +1449,11 @@ class Receiver(socketserver.BaseServer):
         with contextlib.suppress(OSError):  # a full bell has been rung
             self.bell.send(b"\0")
 
-    def serve_forever(self, poll_interval: float = 2.0) -> None:
+    def serve_forever(self, poll_interval: float = LOOK_SECONDS) -> None:
         """Accept until `stopping`; every `poll_interval` seconds at the latest, see what is due."""
         while not self.stopping:
             pause = min(poll_interval, self.next_sweep - time.monotonic())
-            for key, _ in self.selector.select(max(0.02, pause)):
+            for key, _ in self.selector.select(max(0.02, pause)):  # at most 50 sweeps a second
                 if key.data:
                     self.accept(key.data)
                 else:
@@ -1472,18 +1478,20 @@ class Receiver(socketserver.BaseServer):
         if self.certificate:
             self.certificate.follow()
 
-    def sweep(self) -> None:
-        """End what is past its deadline; a new deadline always lies `request_timeout` ahead, so none is missed."""
+    def sweep(self, last: bool = False) -> None:
+        """End what is past its deadline, or, the `last` time, all that waits for a request; a new deadline always lies
+        `request_timeout` ahead, so none is missed."""
         now, limit = time.monotonic(), self.settings.request_timeout
         with self.changed:  # so that none of them begins to store its event meanwhile
             for link in self.connections:
                 if link.answering and self.is_late(link):
                     link.cut()
-                elif self.is_late(link):
+                elif last or self.is_late(link):
                     link.stop_reading()
             self.next_sweep = min([now + limit, *(due for link in self.connections if (due := link.since + limit) > now)])
 
     def is_late(self, link: Connection) -> bool:
+        """Tell whether the peer has kept us waiting for too long."""
         return time.monotonic() - link.since >= self.settings.request_timeout
 
     def protect(self, link: Connection) -> None:
@@ -1501,8 +1509,8 @@ class Receiver(socketserver.BaseServer):
             return self.evict() and len(self.connections) < self.settings.max_connections
 
     def evict(self, but: Connection | None = None) -> bool:
-        """Cut the connection that has waited longest for its request, of those that never delivered if there is one, but none
-        while one is leaving by itself; return whether one has gone. The caller holds `changed`."""
+        """Cut the connection that has waited longest for its request, one that never delivered before one that did; none while one
+        is leaving by itself. Return whether one has gone. The caller holds `changed`."""
         held = [link for link in self.connections if link is not but and link.since < math.inf]
         if one_is_over(held) and self.changed.wait(0.1):
             return True
@@ -1521,7 +1529,7 @@ class Receiver(socketserver.BaseServer):
             link = Connection(accepted, address)
         except (BlockingIOError, InterruptedError, ConnectionError):
             return False  # none, or it has left again
-        except OSError as error:  # EMFILE and the like stay until a connection has gone: a place less
+        except OSError as error:  # EMFILE and the like last until a connection has gone
             self.complain(f"cannot accept: {error.strerror}; raise its limit (LimitNOFILE=, ulimit -n), or lower --max-connections")
             with self.changed:
                 self.evict()
@@ -1538,8 +1546,8 @@ class Receiver(socketserver.BaseServer):
             tell(message)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Hand a connection to a thread: there are never more of them than there were connections and viewers at once."""
-        self.waiting.put((request, client_address))
+        """Hand a connection to a thread; there are never more threads than there were connections and viewers at once."""
+        self.waiting.put(request)
         if not self.add_threads():  # then another has to give up its own
             with self.changed:
                 self.evict(but=request)
@@ -1558,16 +1566,16 @@ class Receiver(socketserver.BaseServer):
     def work(self) -> None:
         """Serve one connection after another: the life of a thread. `stop` waits for connections, not for threads."""
         while True:
-            self.process_request_thread(*self.waiting.get())
+            self.process_request_thread(self.waiting.get())
 
-    def process_request_thread(self, link: Connection, peer: str) -> None:
+    def process_request_thread(self, link: Connection) -> None:
         try:
             if self.certificate is None or self.handshake(link, self.certificate.context):
-                self.finish_request(link, peer)  # type: ignore[arg-type]  # a Connection stands for its socket
+                self.finish_request(link, link.peer)  # type: ignore[arg-type]  # a Connection stands for its socket
         except OSError:
             pass  # the peer has gone, or was cut off
         except Exception as error:
-            tell_fault(error, peer)
+            tell_fault(error, link.peer)
         finally:
             self.shutdown_request(link)
 
@@ -1582,8 +1590,8 @@ class Receiver(socketserver.BaseServer):
                 hint = "; it does not trust the certificate: is it current, and --cert the full chain?" if distrust else ""
                 tell(f"{link.peer} TLS handshake failed: {error.reason}{hint}")
             return False
-        link.send(format_answer(400, b"This port speaks https: use https:// in the URL.\n", "text/plain; charset=utf-8",
-                                [("Connection", "close")]))
+        text = b"This port speaks https: use https:// in the URL.\n"
+        link.send(format_head(400, len(text), "text/plain; charset=utf-8", [("Connection", "close")]) + text)
         tell(f"{link.peer} refused 400 plain HTTP on the TLS port; the URL has to begin with https://")
         link.close(unread=True)
         return False
@@ -1601,16 +1609,13 @@ class Receiver(socketserver.BaseServer):
                 link.cut()
         end, grace = time.monotonic() + STOP_SECONDS, time.monotonic() + STOP_GRACE
         for listener in self.listeners:
+            # The backlog is answered too, but for the sockets of systemd: theirs is for our successor.
             while not self.inherited and time.monotonic() < grace and self.accept(listener):
-                pass  # systemd keeps its listeners: their backlog is for our successor
+                pass
             listener.close()
         with self.changed:
             while self.connections and time.monotonic() < end:
-                for link in self.connections:
-                    if link.answering and self.is_late(link):
-                        link.cut()
-                    elif time.monotonic() >= grace:
-                        link.stop_reading()
+                self.sweep(time.monotonic() >= grace)
                 self.changed.wait(0.1)
         self.journal.give_up("the disk did not take it before the receiver had to stop")
         with self.changed:
@@ -1628,14 +1633,14 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
     try:
         if not host and socket.has_dualstack_ipv6():
             with contextlib.suppress(OSError):  # a kernel without IPv6; other troubles come up again below
-                return [socket.create_server(("", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True)]
+                return [socket.create_server(("", port), family=socket.AF_INET6, backlog=ACCEPT_QUEUE, dualstack_ipv6=True)]
         for family, _, _, _, address in socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM):
             chosen = listeners[0].getsockname()[1] if listeners else port  # of port 0 the kernel chooses one, once
-            listeners.append(socket.create_server((str(address[0]), chosen), family=family, backlog=BACKLOG))
+            listeners.append(socket.create_server((str(address[0]), chosen), family=family, backlog=ACCEPT_QUEUE))
     except (OSError, UnicodeError) as error:
         for listener in listeners:
             listener.close()
-        raise SettingsError(f"cannot listen on {host or '*'} port {port}: {getattr(error, 'strerror', error)}; "
+        raise SettingsError(f"cannot listen on {host or '*'} port {port}: {_why(error)}; "
                             "choose another --host or --port, or stop what uses it") from None
     return listeners
 
@@ -1656,7 +1661,7 @@ def take_listeners() -> list[socket.socket]:
                 raise ValueError(f"descriptor {number} is not a listening TCP socket")
             os.set_inheritable(number, False)
     except (OSError, ValueError) as error:
-        raise SettingsError(f"LISTEN_FDS={count}: {getattr(error, 'strerror', None) or error}; check the socket unit") from None
+        raise SettingsError(f"LISTEN_FDS={count}: {_why(error)}; check the socket unit") from None
     return listeners
 
 
@@ -1711,6 +1716,7 @@ class Tail:
             file.close()
 
     def size(self) -> int:
+        """Return the length in bytes of the file that is read."""
         return self.files[0].seek(0, os.SEEK_END) if self.files else 0
 
     def go_back_to(self, mark: str) -> bool:
@@ -1726,9 +1732,15 @@ class Tail:
 
     def read(self, partly: bool = False) -> bytes:
         """Return the next whole lines of this file, b"" if there are none yet. A part of a line is read again: it may be blanked."""
-        file, length, data = self.files[0] if self.files else io.BytesIO(), VIEW_BYTES, b""
-        while file.seek(self.offset) >= 0 and len(data := file.read(length)) == length and b"\n" not in data:
-            length *= 2
+        if not self.files:
+            return b""
+        file, length = self.files[0], VIEW_BYTES
+        while True:
+            file.seek(self.offset)
+            data = file.read(length)
+            if b"\n" in data or len(data) < length:
+                break
+            length *= 2  # a longer line
         end = len(data) if partly else data.rfind(b"\n") + 1
         self.offset += end
         return data[:end]
@@ -1760,6 +1772,7 @@ def check_password(handler: Handler, head: Head) -> None:
 
     An address that had its share of wrong ones in this minute is refused unread, else guessing would go on at full speed.
     """
+    # The peer is host:port, or what the proxy named, without a port.
     address = handler.peer.rpartition(":")[0] if handler.peer == handler.request.peer else handler.peer
     wrong, minute = handler.server.wrong, int(time.monotonic() // 60)
     if wrong[address, minute] >= WRONG_PASSWORDS:
@@ -1824,7 +1837,7 @@ def format_frames(lines: bytes, start: int) -> bytes:
     return b"".join(frames)
 
 
-def follow(handler: Handler, tail: Tail, is_page: bool) -> None:
+def stream_events(handler: Handler, tail: Tail, is_page: bool) -> None:
     """Send events as they come until the viewer or the server goes, or the password is another; raise OSError if they are not taken."""
     link, server, password = handler.request, handler.server, handler.server.settings.view_password
     told: str | None = None
@@ -1837,7 +1850,7 @@ def follow(handler: Handler, tail: Tail, is_page: bool) -> None:
             told = tail.mark
             data = b'event: log\ndata: {"log":"%b","at":%d}\n\n%b' % (told.encode(), start, data)
         if time.monotonic() - beat >= HEARTBEAT_SECONDS:
-            beat += HEARTBEAT_SECONDS
+            beat, told = beat + HEARTBEAT_SECONDS, None  # the page hears no comment: it is told its place once more
             data += b": heartbeat\n\n"
         link.socket.settimeout(server.settings.request_timeout)
         link.send(data)
@@ -1859,9 +1872,9 @@ def show_events(handler: Handler, head: Head) -> None:
         elif (not mark or tail.go_back_to(mark)) and int(last) <= tail.size():
             tail.offset = int(last)  # else its file has gone, and all of the present one is new
         fields = [*VIEW_FIELDS, ("X-Accel-Buffering", "no"), ("Connection", "close")]
-        handler.request.send(format_answer(200, None, "text/event-stream; charset=utf-8", fields))
+        handler.request.send(format_head(200, None, "text/event-stream; charset=utf-8", fields))
         if head.method == "GET":
-            follow(handler, tail, mark is not None)
+            stream_events(handler, tail, mark is not None)
 
 
 PAGE = r"""<!doctype html>
@@ -2114,7 +2127,7 @@ PAGE_POLICY = (f"default-src 'none'; script-src {_hash_of('script')}; style-src 
 def show_page(handler: Handler, head: Head) -> None:
     """GET /: the page."""
     check_password(handler, head)
-    page = PAGE.replace("{PATH}", handler.server.settings.path.replace("&", "&amp;"))  # it holds no <: see `_path`
+    page = PAGE.replace("{PATH}", handler.server.settings.path.replace("&", "&amp;"))  # it holds no <: see `_url_path`
     handler.answer(200, page.encode(), "text/html; charset=utf-8", ("Content-Security-Policy", PAGE_POLICY), *VIEW_FIELDS)
 
 
@@ -2152,7 +2165,7 @@ class Sender:
         answer = self.connection.getresponse()
         content = answer.read()
         try:
-            return answer.status, _decode_object(content, _BODY)
+            return answer.status, _decode_object(content, _JSON)
         except ValueError:
             return answer.status, {"detail": content.decode("utf-8", "replace")[:200]}
 
@@ -2167,7 +2180,7 @@ class Tally:
         self.trouble = ""
 
     def add(self, status: int, answer: dict[str, Any], milliseconds: float) -> None:
-        if status == HTTPStatus.OK:
+        if status == 200:
             self.taken.append(milliseconds)
             self.last = answer
         else:
@@ -2188,10 +2201,10 @@ class Tally:
 def _connect_trouble(error: Exception) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted here ({error.verify_message}); name it by --ca cert.pem, or use --insecure"
-    return f"{getattr(error, 'strerror', None) or error or type(error).__name__}; is the receiver running there?"
+    return f"{_why(error) or type(error).__name__}; is the receiver running there?"
 
 
-def deliver_all(sender: Sender, turns: Iterator[int], body: Callable[[], bytes], tally: Tally) -> None:
+def deliver_turns(sender: Sender, turns: Iterator[int], body: Callable[[], bytes], tally: Tally) -> None:
     """Deliver over one connection, until the `turns` that other threads take from too are used up."""
     for _ in turns:
         begun = time.perf_counter()
@@ -2203,10 +2216,10 @@ def deliver_all(sender: Sender, turns: Iterator[int], body: Callable[[], bytes],
         tally.add(status, answer, (time.perf_counter() - begun) * 1000)
 
 
-def deliver_by_all(senders: Sequence[Sender], count: int, body: Callable[[], bytes]) -> Tally:
+def deliver_concurrently(senders: Sequence[Sender], count: int, body: Callable[[], bytes]) -> Tally:
     """Deliver `count` events, each sender in a thread of its own, with a line of progress on a terminal."""
     tally, turns = Tally(), iter(range(count))
-    threads = [threading.Thread(target=deliver_all, args=(sender, turns, body, tally), daemon=True) for sender in senders]
+    threads = [threading.Thread(target=deliver_turns, args=(sender, turns, body, tally), daemon=True) for sender in senders]
     for thread in threads:
         thread.start()
     try:
@@ -2222,7 +2235,6 @@ def deliver_by_all(senders: Sequence[Sender], count: int, body: Callable[[], byt
 
 # --- The timeline: the log in, each interview's course out ---
 
-TICKS = 10**7  # a second, as the service counts
 _COLOURS = {"Failed": "31", "Canceled": "90", "Archived": "90", "Completed": "32"}  # SGR, by how a stage's name ends
 # A million lines take JSON twelve seconds. One just like the documented event's is taken apart by a match, the rest by
 # JSON. @ is a string that is wanted, ~ another, both without escapes, # a time, and a space stands for any number of them.
@@ -2231,25 +2243,25 @@ _PLAIN_LINE = re.compile((
     r'\{ "previousStage": \{ "value": @ , "metadata": ~ \} , "currentStage": \{ "value": @ , "metadata": ~ \} , "event": ~ , '
     r'"timestamp": ~ , "interviewCode": ~ \}\}').replace(" ", " *").replace("~", '"[^"\\\\\0-\x1f]*"').replace("@", '"([^"\\\\\0-\x1f]*)"')
     .replace("#", r'"([0-9-]{10}T[0-9:]{5}):([0-5][0-9]\.[0-9]{6,7})Z"'))
-Stages = tuple[Optional[str], Optional[str]]  # previous and current
+StagePair = tuple[Optional[str], Optional[str]]  # previous and current
 
 
 def _ticks(minute: str, seconds: str) -> int:
-    return _minute(minute) * 60 * TICKS + int(seconds.replace(".", "").ljust(9, "0"))
+    return _parse_minute(minute) * 60 * TICKS + int(seconds.replace(".", "").ljust(9, "0"))
 
 
-def parse_line(text: str) -> tuple[str, str, int, int, Stages]:
+def parse_line(text: str) -> tuple[str, str, int, int, StagePair]:
     """Return id, interview, time and recordedtime (in ticks since 1970), and stages of one line; raise ValueError, or what
     JSON of another shape leads to."""
     if match := _PLAIN_LINE.fullmatch(text):
         event_id, code, minute, seconds, its_minute, its_seconds, previous, stage = match.groups()
         return event_id, code, _ticks(minute, seconds), _ticks(its_minute, its_seconds), (previous, stage)
-    event = _BODY.decode(text)
-    body = event["data"] if "data" in event else _BODY.decode(base64.b64decode(event["data_base64"]).decode())
+    event = _JSON.decode(text)
+    body = event["data"] if "data" in event else _JSON.decode(base64.b64decode(event["data_base64"]).decode())
     event_id, code, recorded = event["id"], event.get("subject", "-"), event["recordedtime"]
     if not (isinstance(event_id, str) and isinstance(code, str)):
         raise ValueError("id and subject are text")
-    return (event_id, code, parse_time(event.get("time", recorded)) // 100, parse_time(recorded) // 100,
+    return (event_id, code, parse_time(event.get("time", recorded)), parse_time(recorded),
             (_stage(body, "previousStage", []), _stage(body, "currentStage", [])))
 
 
@@ -2269,8 +2281,8 @@ class Course:
 
     def __init__(self) -> None:
         self.events: defaultdict[str, array[int]] = defaultdict(lambda: array("q"))  # by interview
-        self.stages: list[Stages] = []  # each pair once
-        self.numbers: dict[Stages, int] = {}  # its place there
+        self.stages: list[StagePair] = []  # each pair once
+        self.numbers: dict[StagePair, int] = {}  # its place there
         self.skipped = {"blank": 0, "foreign": 0}
 
     def add(self, line: bytes, only: str | None) -> str | None:
@@ -2293,9 +2305,11 @@ class Course:
         rows: dict[int, tuple[int, ...]] = {}
         for row in sorted(zip(*[iter(self.events[code])] * 4)):
             rows.setdefault(row[2], row)  # of an event in several logs, its first arrival
+        # Of each event, the earliest arrival of it and those after it; the last event's first.
         soonest = list(itertools.accumulate((row[1] for row in reversed(rows.values())), min))
         nexts = [*(row[0] for row in rows.values()), None][1:]
-        steps, before = [], None  # type: list[Step], str | None
+        steps: list[Step] = []
+        before: str | None = None
         for (when, recorded, _, number), after in zip(rows.values(), nexts):
             previous, stage = self.stages[number]
             seconds = None if after is None else (after - when) / TICKS
@@ -2359,43 +2373,16 @@ def show_changes(course: Course, tails: Sequence[Tail], options: argparse.Namesp
     sys.stdout.flush()
 
 
-def timeline(options: argparse.Namespace) -> int:
-    """Print each interview's course, the one that changed last at the end; with --follow, go on as events come."""
-    course, tails = Course(), [Tail(path) for path in options.files or [load_settings(options).log]]
-    for tail in tails:
-        if not tail.files and not options.follow:
-            raise SettingsError(f"{tail.path}: there is no log that can be read; name one, or set SKYPE_LOG")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        show_changes(course, tails, options)
-        while options.follow:
-            time.sleep(0.5)
-            show_changes(course, tails, options)
-    except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    finally:
-        if any(course.skipped.values()):
-            print("skipped {blank} blank and {foreign} foreign lines".format(**course.skipped), file=sys.stderr)
-    return 0
-
-
 # --- Settings and the command line ---
 
 
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,12}", text) or not low <= int(text) <= high:  # int() alone would take 1_0, +5 and other digits
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
-        return int(text)
-    return parse
+def _number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], Any]:
+    form = r"[0-9]{1,12}" if kind is int else r"[0-9]{1,6}(?:\.[0-9]{1,6})?"  # the kinds themselves take 1_0, +5 and other digits
 
-
-def _seconds(low: float, high: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        if not re.fullmatch(r"[0-9]{1,6}(?:\.[0-9]{1,6})?", text) or not low <= float(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from {low:g} to {high:g}")
-        return float(text)
+    def parse(text: str) -> Any:
+        if not re.fullmatch(form, text) or not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number from {low} to {high}")
+        return kind(text)
     return parse
 
 
@@ -2428,13 +2415,13 @@ class Settings:
     tls_cert: str = _setting("", str, "certificate, PEM, the full chain", "--cert FILE")
     tls_key: str = _setting("", str, "its private key, PEM, not encrypted", "--key FILE")
     host: str = _setting("", str, "address to listen on (default: all, IPv4 and IPv6)", "--host ADDRESS")
-    port: int = _setting(8443, _whole(0, 65535), "port to listen on (default: 8443)", "--port PORT")
+    port: int = _setting(8443, _number(int, 0, 65535), "port to listen on (default: 8443)", "--port PORT")
     path: str = _setting("/", _url_path, "path of the webhook URL (default: /)", "--path PATH")
     log: str = _setting("events.jsonl", str, "the log, appended to (default: events.jsonl)", "--log FILE")
-    leeway: float = _setting(1.0, _seconds(0, 3600), "seconds that two clocks may differ (default: 1)", "--leeway SECONDS")
-    max_body: int = _setting(2**20, _whole(1, 2**30), "longest body in bytes (default: 1 MiB)", "--max-body BYTES")
-    max_connections: int = _setting(256, _whole(1, 10_000), "connections at once (default: 256)", "--max-connections N")
-    request_timeout: float = _setting(10.0, _seconds(0.1, 3600), "seconds for a whole request (default: 10)", "--request-timeout SECONDS")
+    leeway: float = _setting(1.0, _number(float, 0, 3600), "seconds that two clocks may differ (default: 1)", "--leeway SECONDS")
+    max_body: int = _setting(2**20, _number(int, 1, 2**30), "longest body in bytes (default: 1 MiB)", "--max-body BYTES")
+    max_connections: int = _setting(256, _number(int, 1, 10_000), "connections at once (default: 256)", "--max-connections N")
+    request_timeout: float = _setting(10.0, _number(float, 0.1, 3600), "seconds for a request (default: 10)", "--request-timeout SECONDS")
     behind_proxy: bool = _setting(False, _boolean, "speak plain HTTP, to a proxy that ends TLS", "--behind-proxy")
 
     @cached_property
@@ -2558,9 +2545,8 @@ def shortfalls() -> str:
     return "; ".join([lack for there, lack in wanted if not there])
 
 
-def run(receiver: Receiver, reload: Callable[[], None]) -> int:
+def run(receiver: Receiver) -> int:
     """Serve until a signal says stop; return the exit code."""
-    receiver.on_hangup = reload
     ours = threading.current_thread() is threading.main_thread()
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if ours and hasattr(signal, name)]
     before = {}
@@ -2606,12 +2592,13 @@ def reload_settings(receiver: Receiver, options: argparse.Namespace) -> None:
 
 def schedule_as_batch() -> None:
     """Have a thread run on while it wakes others, where Linux lets us: an eighth of the CPU of an event. What somebody chose stays."""
-    if hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_OTHER:
-        with contextlib.suppress(OSError):  # a sandbox
+    with contextlib.suppress(AttributeError, OSError):  # not Linux, or not allowed
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def serve(options: argparse.Namespace) -> int:
+    """Receive events until a signal says stop."""
     schedule_as_batch()
     settings = load_serving(options)
     certificate = settings.load_certificate()
@@ -2619,7 +2606,8 @@ def serve(options: argparse.Namespace) -> int:
         inherited = take_listeners()
         listeners = inherited or open_listeners(settings.host, settings.port)
         receiver = Receiver(settings, journal, listeners, certificate, bool(inherited))
-        return run(receiver, lambda: reload_settings(receiver, options))
+        receiver.on_hangup = lambda: reload_settings(receiver, options)
+        return run(receiver)
 
 
 def make_certificate(folder: str) -> tuple[str, str]:
@@ -2634,6 +2622,18 @@ def make_certificate(folder: str) -> tuple[str, str]:
     except subprocess.CalledProcessError as error:
         raise SettingsError(f"openssl could not make a certificate: {error.stderr.decode(errors='replace').strip()[-200:]}") from None
     return cert, key
+
+
+def show_delivery(url: str, credential: Credential, folder: str) -> None:
+    """Deliver the documented event, show the line that it left, and say how to go on."""
+    body = sample_event("SchedulingTime", "1c519c56-1712-1e89-1c3e-743ecbedd117", time.time())
+    status, answer = Sender(url, credential, ssl.create_default_context(cafile=os.path.join(folder, "cert.pem"))).deliver(body)
+    line = pathlib.Path(folder, "events.jsonl").read_text("utf-8")
+    print(f"delivered the documented sample event over HTTPS: {status} {answer.get('status')}\n"
+          f"its line in {folder}/events.jsonl:\n\n{line}\n"
+          f"1. deliver another:  python3 {sys.argv[0]} send {url} --env-file {folder}/.env --ca {folder}/cert.pem\n"
+          f"2. watch the log:    tail -F {folder}/events.jsonl\n"
+          f"3. end with Ctrl-C; then put your own key and secret into .env and run with --cert and --key (README.md)", flush=True)
 
 
 def demo(options: argparse.Namespace) -> int:
@@ -2652,19 +2652,7 @@ def demo(options: argparse.Namespace) -> int:
         receiver = Receiver(settings, journal, listeners, settings.load_certificate())
         url = f"https://localhost:{listeners[0].getsockname()[1]}/"
         threading.Thread(target=show_delivery, args=(url, credential, folder), daemon=True).start()
-        return run(receiver, lambda: None)
-
-
-def show_delivery(url: str, credential: Credential, folder: str) -> None:
-    """Deliver the documented event, show the line that it left, and say how to go on."""
-    body = sample_event("SchedulingTime", "1c519c56-1712-1e89-1c3e-743ecbedd117", time.time())
-    status, answer = Sender(url, credential, ssl.create_default_context(cafile=os.path.join(folder, "cert.pem"))).deliver(body)
-    line = pathlib.Path(folder, "events.jsonl").read_text("utf-8")
-    print(f"delivered the documented sample event over HTTPS: {status} {answer.get('status')}\n"
-          f"its line in {folder}/events.jsonl:\n\n{line}\n"
-          f"1. deliver another:  python3 {sys.argv[0]} send {url} --env-file {folder}/.env --ca {folder}/cert.pem\n"
-          f"2. watch the log:    tail -F {folder}/events.jsonl\n"
-          f"3. end with Ctrl-C; then put your own key and secret into .env and run with --cert and --key (README.md)", flush=True)
+        return run(receiver)
 
 
 def send(options: argparse.Namespace) -> int:
@@ -2683,7 +2671,7 @@ def send(options: argparse.Namespace) -> int:
 
     senders = [Sender(options.url, credential, context) for _ in range(min(options.count, options.concurrency))]
     begun, busy = time.perf_counter(), time.process_time()
-    tally = deliver_by_all(senders, options.count, body)
+    tally = deliver_concurrently(senders, options.count, body)
     if options.count > 1:
         print(tally.describe(time.perf_counter() - begun, time.process_time() - busy))
     elif tally.taken:
@@ -2691,6 +2679,27 @@ def send(options: argparse.Namespace) -> int:
     if tally.refused:
         print(f"error: {printable(tally.trouble.strip())}", file=sys.stderr)
     return 0 if len(tally.taken) == options.count else 1
+
+
+def timeline(options: argparse.Namespace) -> int:
+    """Print each interview's course, the one that changed last at the end; with --follow, go on as events come."""
+    course, tails = Course(), [Tail(path) for path in options.files or [load_settings(options).log]]
+    for tail in tails:
+        if not tail.files and not options.follow:
+            raise SettingsError(f"{tail.path}: there is no log that can be read; name one, or set SKYPE_LOG")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        show_changes(course, tails, options)
+        while options.follow:
+            time.sleep(0.5)
+            show_changes(course, tails, options)
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finally:
+        if any(course.skipped.values()):
+            print("skipped {blank} blank and {foreign} foreign lines".format(**course.skipped), file=sys.stderr)
+    return 0
 
 
 class Parser(argparse.ArgumentParser):
@@ -2729,8 +2738,8 @@ def _make_parser(command: str) -> Parser:
         parser.add_argument("url", metavar="URL", help="for instance https://localhost:8443/")
         parser.add_argument("--stage", metavar="NAME", default="SchedulingTime", help="currentStage, for instance " + ", ".join(STAGES))
         parser.add_argument("--file", metavar="FILE", help="deliver this body instead of a sample event")
-        parser.add_argument("--count", metavar="N", type=_whole(1, 10**9), default=1, help="deliveries in all")
-        parser.add_argument("--concurrency", metavar="C", type=_whole(1, 1000), default=1, help="connections at once")
+        parser.add_argument("--count", metavar="N", type=_number(int, 1, 10**9), default=1, help="deliveries in all")
+        parser.add_argument("--concurrency", metavar="C", type=_number(int, 1, 1000), default=1, help="connections at once")
         parser.add_argument("--ca", metavar="FILE", help="trust this certificate (PEM)")
         parser.add_argument("--insecure", action="store_true", help="trust any certificate")
     if command == "timeline":
@@ -2763,7 +2772,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 0
     except OSError as error:  # a stdout that is full, or closed at its other end
-        print(f"error: {command}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {command}: {_why(error)}", file=sys.stderr)
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would try again, complain, and end with 120
         return 1

@@ -2336,6 +2336,8 @@ def test_a_silent_stream_has_a_heartbeat_and_ends_when_the_password_changes(serv
     server = serve(limits={"HEARTBEAT_SECONDS": 0.3})
     with Stream(server.port) as stream:
         assert [stream.file.readline() for _ in range(4)] == [b": heartbeat\n", b"\n"] * 2
+        with Stream(server.port, "/events?log=") as page:  # a script hears no comment
+            assert [page.next()[1] for _ in range(3)] == ["log"] * 3
         (tmp_path / ".env").write_text("SKYPE_VIEW_PASSWORD=another\n")
         server.hang_up("read again")
         assert until(stream.ended)
