@@ -2337,7 +2337,7 @@ def test_a_silent_stream_has_a_heartbeat_and_ends_when_the_password_changes(serv
     with Stream(server.port) as stream:
         assert [stream.file.readline() for _ in range(4)] == [b": heartbeat\n", b"\n"] * 2
         with Stream(server.port, "/events?log=") as page:  # a script hears no comment
-            assert [page.next()[1] for _ in range(3)] == ["log"] * 3
+            assert [page.file.readline() for _ in range(12)].count(b"event: log\n") > 1
         (tmp_path / ".env").write_text("SKYPE_VIEW_PASSWORD=another\n")
         server.hang_up("read again")
         assert until(stream.ended)
