@@ -483,11 +483,12 @@ class _Entry:
         self.settled = threading.Lock()
         self.settled.acquire()
 
-    def settle(self, outcome: str) -> None:
-        """Say what became of the line, once, and wake its appends. The caller holds the journal's lock."""
+    def settle(self, outcome: str) -> bool:
+        """Say what became of the line; return whether nobody had before. The caller holds the journal's lock."""
         if self.outcome is None:
             self.outcome = outcome
-            self.settled.release()
+            return True
+        return False
 
 
 def _compact(event_id: str) -> bytes | str:
@@ -599,7 +600,8 @@ class Journal:
         """Let no append wait any longer; what lands on the disk afterwards is a duplicate when it is sent again."""
         with self._lock:
             for entry in self._unsettled.values():
-                entry.settle(reason)
+                if entry.settle(reason):
+                    entry.settled.release()
 
     def close(self) -> None:
         """Write and sync what is pending, then let the file go."""
@@ -639,7 +641,9 @@ class Journal:
                 self._unsettled.pop(entry.key, None)
                 if error is None and entry.key:
                     self._remember(entry.key)
-                entry.settle(error or "")
+            settled = [entry.settled for entry in batch if entry.settle(error or "")]
+        for lock in settled:  # not under our lock: who wakes would soon wait for it
+            lock.release()
 
     def _commit(self, data: bytes) -> str | None:
         """Write and sync one batch; return None, or why none of its lines counts."""
