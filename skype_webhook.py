@@ -172,9 +172,10 @@ def _decode_object(data: bytes, decoder: json.JSONDecoder, limit: int = DEPTH_LI
     # Before decoding: the decoder recurses, on 3.13 without regard to the recursion limit, and a small thread stack overflows.
     if data.count(b"{") + data.count(b"[") > limit and _is_deep(data, limit):
         raise ValueError(f"it is nested deeper than {limit} containers")
-    value = decoder.decode(data.decode("utf-8"))  # json.loads(bytes) would take UTF-16 and UTF-32
-    if not isinstance(value, dict):
-        raise ValueError("it is not an object")
+    text = data.decode("utf-8").strip(" \t\r\n")  # json.loads(bytes) would take UTF-16 and UTF-32
+    value, end = decoder.raw_decode(text)
+    if end != len(text) or not isinstance(value, dict):
+        raise ValueError("it is not one object")
     return value
 
 
@@ -797,16 +798,16 @@ class Journal:
             self._appender = -1
 
 
-# --- HTTP, strictly: pure (the bytes of a head in, its parts or Rejected out) ---
+# --- HTTP, strictly: pure (a head in, as Latin-1, its parts or Rejected out) ---
 
-_TOKEN_CHARS = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_REQUEST_LINE = re.compile(rb"(" + _TOKEN_CHARS + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")
-_FIELD_LINE = re.compile(_TOKEN_CHARS + rb":[\t -~\x80-\xff]*")  # no space before the colon, no fold, no bare CR, LF or NUL
+_TOKEN_CHARS = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_REQUEST_LINE = re.compile(rf"({_TOKEN_CHARS}) ([!-~]+) HTTP/([0-9])\.([0-9])")
+_FIELD_LINE = re.compile(_TOKEN_CHARS + r":[\t -~\x80-\xff]*")  # no space before the colon, no fold, no bare CR, LF or NUL
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+;=-]*)(?::[0-9]*)?")
 _ABSOLUTE = re.compile(r"\Ahttps?://[^/?#]+", re.IGNORECASE)
-_QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
-_EXTENSION = rb"[ \t]*;[ \t]*" + _TOKEN_CHARS + rb"(?:[ \t]*=[ \t]*(?:" + _TOKEN_CHARS + rb"|" + _QUOTED + rb"))?"
-_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)(?:" + _EXTENSION + rb")*")
+_QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
+_EXTENSION = rf"[ \t]*;[ \t]*{_TOKEN_CHARS}(?:[ \t]*=[ \t]*(?:{_TOKEN_CHARS}|{_QUOTED}))?"
+_CHUNK_LINE = re.compile(f"([0-9A-Fa-f]+)(?:{_EXTENSION})*")
 _BARE = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|\x00")
 CHUNKED = -1
 
@@ -827,7 +828,7 @@ class Head(NamedTuple):
         return "close" not in options and (self.minor > 0 or "keep-alive" in options)
 
 
-def _parse_fields(lines: list[bytes]) -> dict[str, str]:
+def _parse_fields(lines: list[str]) -> dict[str, str]:
     """Return field values by lower-case name. Repeated ones are joined by ", " (RFC 9110 section 5.3); a field that may stand
     only once refuses that in the check of its value."""
     if len(lines) > FIELD_LIMIT:
@@ -836,7 +837,7 @@ def _parse_fields(lines: list[bytes]) -> dict[str, str]:
     for number, line in enumerate(lines, 1):
         if not _FIELD_LINE.fullmatch(line):
             raise Rejected(400, f"header line {number} is not a field (RFC 9112 section 5)")
-        name, _, value = line.decode("latin-1").partition(":")
+        name, _, value = line.partition(":")
         name, value = name.lower(), value.strip(" \t")
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
     return fields
@@ -860,24 +861,24 @@ def _body_length(fields: dict[str, str], minor: int) -> int | None:
     return int(min(float(length), 2**53))  # int() raises on very many digits
 
 
-def _parse_request_line(line: bytes) -> tuple[str, str, str, int]:
+def _parse_request_line(line: str) -> tuple[str, str, str, int]:
     """Return method, path, query and minor version (RFC 9112 section 3)."""
-    words = line.split(b" ")
+    words = line.split(" ")
     if len(words) > 1 and len(words[1]) > TARGET_LIMIT:
         raise Rejected(414, f"the request target is longer than {TARGET_LIMIT} bytes")
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
         raise Rejected(400, "the request line is not METHOD SP target SP HTTP/1.1 (RFC 9112 section 3)")
     method, target, major, minor = match.groups()
-    if major != b"1":
-        raise Rejected(505 if major >= b"2" else 400, "only HTTP/1.1 and HTTP/1.0 are spoken here")
-    path, _, query = _ABSOLUTE.sub("", target.decode("ascii")).partition("?")
-    return method.decode("ascii"), path or "/", query, min(int(minor), 1)
+    if major != "1":
+        raise Rejected(505 if major >= "2" else 400, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+    path, _, query = _ABSOLUTE.sub("", target).partition("?")
+    return method, path or "/", query, min(int(minor), 1)
 
 
-def parse_head(data: bytes) -> Head:
+def parse_head(text: str) -> Head:
     """Parse a request head, without the CRLF of its last line and the empty line (RFC 9112); raise Rejected."""
-    lines = data.split(b"\r\n")
+    lines = text.split("\r\n")
     method, path, query, minor = _parse_request_line(lines[0])
     fields = _parse_fields(lines[1:])
     if minor and "host" not in fields or not _HOST.fullmatch(fields.get("host", "")):
@@ -888,7 +889,7 @@ def parse_head(data: bytes) -> Head:
     return Head(method, path, query, minor, fields, length)
 
 
-def parse_chunk_size(line: bytes) -> int:
+def parse_chunk_size(line: str) -> int:
     """Return the size in a chunk's first line, given without its CRLF (RFC 9112 section 7.1); raise Rejected."""
     match = _CHUNK_LINE.fullmatch(line)
     if not match:
@@ -1161,8 +1162,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Rejected(503, "the receiver is stopping; send it again", ("Retry-After", "1"))
         raise Rejected(400, "the request ended before it was whole")
 
-    def read_until(self, end: bytes, limit: int) -> bytes | None:
-        """Return what stands before `end`, and drop both from the buffer; None if it is longer than `limit` bytes."""
+    def read_until(self, end: bytes, limit: int) -> str | None:
+        """Take what stands before `end`, and `end`, from the buffer; return the one as Latin-1, None if longer than `limit` bytes."""
         scanned = 0
         while (length := self.buffer.find(end, scanned)) < 0 and len(self.buffer) <= limit + len(end):
             if _BARE.search(self.buffer, scanned):
@@ -1172,14 +1173,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not 0 <= length <= limit:
             return None
         data, self.buffer = self.buffer[:length], self.buffer[length + len(end):]
-        return data
+        return data.decode("latin-1")
 
-    def read_section(self) -> bytes:
+    def read_section(self) -> str:
         """Return field lines up to an empty line, without their last CRLF."""
         section = self.read_until(b"\r\n\r\n", HEAD_LIMIT - 4)
         if section is None:
             if not self.buffer.startswith(b"\r\n"):  # a head, not trailers: is it the target that is too long?
-                _parse_request_line(self.buffer.partition(b"\r\n")[0])
+                _parse_request_line(self.buffer.partition(b"\r\n")[0].decode("latin-1"))
             raise Rejected(431, f"the head is longer than {HEAD_LIMIT} bytes")
         return section
 
@@ -1232,7 +1233,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise Rejected(400, "a chunk is longer than its size (RFC 9112 section 7.1)")
             parts.append(chunk[:-2])
         self.buffer = b"\r\n" + self.buffer  # so that the trailer section, often empty, ends like a head
-        _parse_fields(self.read_section().split(b"\r\n")[1:])
+        _parse_fields(self.read_section().split("\r\n")[1:])
         return b"".join(parts)
 
     # storing and answering
