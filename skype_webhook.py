@@ -99,7 +99,7 @@ STDERR_SECONDS = 0.5              # for whoever reads stderr to take some of it
 REPORT_PAUSE = 0.02               # seconds; lines of deliveries wait this long for others
 REPORT_LIMIT = 10_000             # lines kept for a stderr that does not take them
 VIEWERS = 16                      # live views at once, besides the connections: people, not senders
-VIEW_BYTES = 2**20                # of the log that a new viewer gets: some 1,700 events
+VIEW_BYTES = 2**20                # of the log that a new viewer gets: some 1,600 events
 VIEW_PAUSE = 0.2                  # seconds between two looks of a viewer, however many events come
 HEARTBEAT_SECONDS = 15.0          # between two on an event stream; proxies close a silent one after 60
 WRONG_PASSWORDS = 30              # a minute from one address; the next attempts are not even looked at
@@ -2405,7 +2405,8 @@ def _url_path(text: str) -> str:
 
 def _setting(default: Any, parse: Callable[[str], Any], help: str, flag: str = "") -> Any:
     flag, _, metavar = flag.partition(" ")
-    return dataclasses.field(default=default, repr=False, metadata={"parse": parse, "flag": flag, "metavar": metavar, "help": help})
+    argument = {"type": parse, "metavar": metavar} if metavar else {"action": "store_const", "const": True}
+    return dataclasses.field(default=default, repr=False, metadata={"parse": parse, "flag": flag, "help": help, "argument": argument})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2649,7 +2650,7 @@ def demo(options: argparse.Namespace) -> int:
     credential = Credential(str(uuid.uuid4()), secrets.token_urlsafe(32).encode())
     log = os.path.join(folder, "events.jsonl")
     settings = Settings(credential.api_key, credential.api_secret.decode(), tls_cert=cert, tls_key=key, host="127.0.0.1",
-                        port=options.port or 0, log=log)
+                        port=options.port, log=log)
     pathlib.Path(folder, ".env").touch(0o600)
     pathlib.Path(folder, ".env").write_text(f"SKYPE_API_KEY={credential.api_key}\nSKYPE_API_SECRET={credential.api_secret.decode()}\n")
     with open_journal(log) as journal:
@@ -2733,12 +2734,11 @@ def _make_parser(command: str) -> Parser:
         parser.add_argument("--version", action="version", version=__version__)
     if command != "demo":
         parser.add_argument("--env-file", metavar="FILE", help="settings by name (default: .env, if there)")
-    for field in SETTINGS.values():
-        flag, metavar = field.metadata["flag"], field.metadata["metavar"]
-        kind: dict[str, Any] = ({"type": field.metadata["parse"], "metavar": metavar} if metavar
-                                else {"action": "store_const", "const": True})
-        if flag and (command == "serve" or (command, flag) in (("demo", "--port"), ("timeline", "--log"))):
-            parser.add_argument(flag, dest=field.name, help=field.metadata["help"], **kind)
+    for field in SETTINGS.values() if command == "serve" else ():
+        if field.metadata["flag"]:
+            parser.add_argument(field.metadata["flag"], dest=field.name, help=field.metadata["help"], **field.metadata["argument"])
+    if command == "demo":
+        parser.add_argument("--port", metavar="PORT", type=_number(int, 0, 65535), default=0, help="port to listen on (default: any)")
     if command == "send":
         parser.add_argument("url", metavar="URL", help="for instance https://localhost:8443/")
         parser.add_argument("--stage", metavar="NAME", default="SchedulingTime", help="currentStage, for instance " + ", ".join(STAGES))
@@ -2748,7 +2748,8 @@ def _make_parser(command: str) -> Parser:
         parser.add_argument("--ca", metavar="FILE", help="trust this certificate (PEM)")
         parser.add_argument("--insecure", action="store_true", help="trust any certificate")
     if command == "timeline":
-        parser.add_argument("files", metavar="LOG", nargs="*", help="logs, merged by event id (default: the setting)")
+        parser.add_argument("files", metavar="LOG", nargs="*", help="logs, merged by event id (default: --log)")
+        parser.add_argument("--log", metavar="FILE", help="the log, where none is named (default: the setting)")
         parser.add_argument("--interview", metavar="CODE", help="this interview only")
         parser.add_argument("--json", action="store_true", help="one JSON object an interview, a line each")
         parser.add_argument("--follow", action="store_true", help="go on, also over rotations, until Ctrl-C")
