@@ -92,7 +92,6 @@ STOP_GRACE = 1.0                  # the part of it in which senders may finish w
 CLOSE_SECONDS = 2.0               # for the last batch after that
 LOOK_SECONDS = 2.0                # between two looks at the certificate's files
 CLOCK_HINT = 300.0                # seconds; a token this near its time was refused for a wrong clock
-TLS_RECORD = 16 * 1024            # bytes of data in the longest one
 READ_SIZE = 4 * 1024              # bytes a read; a delivery has about 1,000, and each waiting connection holds such a buffer
 READ_BACK = 2**20                 # bytes of the log read at once at start
 STDERR_SECONDS = 0.5              # for whoever reads stderr to take some of it
@@ -104,7 +103,7 @@ VIEW_PAUSE = 0.2                  # seconds between two looks of a viewer, howev
 HEARTBEAT_SECONDS = 15.0          # between two on an event stream; proxies close a silent one after 60
 WRONG_PASSWORDS = 30              # a minute from one address; the next attempts are not even looked at
 WRONG_ADDRESSES = 10_000          # remembered at once
-ACCEPT_QUEUE = 1024                    # connections the kernel keeps for us while we accept
+ACCEPT_QUEUE = 1024               # connections the kernel keeps for us while we accept
 
 
 # --- Errors: each knows its answer ---
@@ -158,7 +157,7 @@ _BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|([\[{])|[\]}]', re.
 
 
 def _is_deep(data: bytes, limit: int) -> bool:
-    """Tell whether a JSON text, or how far it is one, has containers nested deeper than `limit`."""
+    """Tell whether brackets in `data`, JSON or not, are nested deeper than `limit`; those in strings do not count."""
     level = 0
     for match in _BRACKETS.finditer(data):
         level += 1 if match[1] else -1 if match[0] in b"]}" else 0
@@ -350,7 +349,7 @@ _ESCAPES = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F])|
 _RFC3339 = re.compile(r"(\d{4}-\d\d-\d\d)[Tt]([01]\d:[0-5]\d|2[0-3]:[0-5]\d):([0-5]\d|60)(?:\.(\d+))?"
                       r"(?:[Zz]|([+-])([01]\d|2[0-3]):([0-5]\d))", re.ASCII)
 _EPOCH = datetime(1970, 1, 1)
-TICKS = 10**7  # a second, as the service counts
+TICKS = 10**7  # in a second: the service writes its times with seven digits
 
 
 @lru_cache(maxsize=4096)  # a log's times are near each other: `timeline` reads a million of them
@@ -453,7 +452,7 @@ def stamp(message: str) -> str:
 
 
 def write_lines(lines: Sequence[str]) -> None:
-    """Write lines to stderr by one write, or drop them: one that is closed, full or not read costs no event and no stop."""
+    """Write lines to stderr by one write. If it is closed, full or not read, they are lost: no event and no stop waits for it."""
     with contextlib.suppress(OSError):
         if os.name != "posix" or select.select((), (2,), (), STDERR_SECONDS)[1]:
             os.write(2, "".join(lines).encode("utf-8", "backslashreplace"))
@@ -474,7 +473,8 @@ def tell_fault(error: BaseException, who: str) -> None:
 
 
 class _Entry:
-    """One line on its way to the disk. `outcome`: None until it is known, and `settled` is locked as long; "" durable; or why not."""
+    """One line on its way to the disk. `outcome` is None until it is known, "" when it is durable, else why it is not; `settled`
+    is locked until then."""
 
     __slots__ = ("key", "line", "outcome", "settled")
 
@@ -483,13 +483,6 @@ class _Entry:
         self.outcome: str | None = None
         self.settled = threading.Lock()
         self.settled.acquire()
-
-    def settle(self, outcome: str) -> bool:
-        """Say what became of the line; return whether nobody had before. The caller holds the journal's lock."""
-        if self.outcome is None:
-            self.outcome = outcome
-            return True
-        return False
 
 
 def _compact(event_id: str) -> bytes | str:
@@ -569,8 +562,7 @@ class Journal:
             if key in self._recent:
                 return False
             entry = self._unsettled.get(key)
-            first = entry is None
-            if entry is None:
+            if first := entry is None:
                 if self.final or self._closing:
                     raise JournalError(self.final or "the log is closed")
                 if self._pending_bytes > BACKLOG_BYTES:
@@ -590,7 +582,7 @@ class Journal:
     def check(self) -> None:
         """Raise JournalError while the log cannot be written; after a failure, try again with a blank line.
 
-        It is as long as what was refused: on a full disk, a shorter one can find room in the file's last block.
+        That is as long as the shortest one refused: on a full disk, a shorter one can find room in the file's last block.
         """
         if self.final:
             raise JournalError(self.final)
@@ -601,7 +593,8 @@ class Journal:
         """Let no append wait any longer; what lands on the disk afterwards is a duplicate when it is sent again."""
         with self._lock:
             for entry in self._unsettled.values():
-                if entry.settle(reason):
+                if entry.outcome is None:
+                    entry.outcome = reason
                     entry.settled.release()
 
     def close(self) -> None:
@@ -642,9 +635,11 @@ class Journal:
                 self._unsettled.pop(entry.key, None)
                 if error is None and entry.key:
                     self._remember(entry.key)
-            settled = [entry.settled for entry in batch if entry.settle(error or "")]
-        for lock in settled:  # not under our lock: who wakes would soon wait for it
-            lock.release()
+            waited_for = [entry for entry in batch if entry.outcome is None]  # `give_up` has settled the others
+            for entry in waited_for:
+                entry.outcome = error or ""
+        for entry in waited_for:  # not under our lock: who wakes would soon wait for it
+            entry.settled.release()
 
     def _commit(self, data: bytes) -> str | None:
         """Write and sync one batch; return None, or why none of its lines counts."""
@@ -676,10 +671,11 @@ class Journal:
         """Blank the last `written` bytes; what cannot be done now is done before the next batch."""
         if written:
             with contextlib.suppress(OSError):
-                self._seal_from = os.lseek(self._appender, 0, os.SEEK_CUR) - written  # even if others have cut the file since
+                self._seal_from = os.lseek(self._appender, 0, os.SEEK_CUR) - written  # past the end if others have cut the file since
                 self._seal()
 
     def _seal(self) -> None:
+        """Blank the torn tail, if there is one, last page first, end it with a newline, and sync."""
         start = self._seal_from
         if start is None:
             return
@@ -716,6 +712,7 @@ class Journal:
             self._end_tail(next(self._lines_backwards()))
 
     def _open(self) -> None:
+        """Open, lock and read back the file at the path, and make its name durable."""
         if os.path.lexists(self.path) and not stat.S_ISREG(os.stat(self.path).st_mode):  # before open: a FIFO would block
             raise JournalError("it is not a regular file")
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
@@ -908,10 +905,7 @@ def _http_date(second: int) -> str:
 
 
 def format_head(status: int, length: int | None, media_type: str, fields: Sequence[tuple[str, str]]) -> bytes:
-    """Return the head of an answer. By one write with its content: two would wait for each other (Nagle, 40 ms).
-
-    Where `length` is None, the content ends with the connection.
-    """
+    """Return the head of an answer; where `length` is None, the content ends with the connection."""
     lines = [f"HTTP/1.1 {status} {_REASONS[status]}", "Server: skype_webhook", f"Date: {_http_date(int(time.time()))}",
              f"Content-Type: {media_type}", *(f"{name}: {value}" for name, value in fields)]
     if length is not None:
@@ -922,7 +916,7 @@ def format_head(status: int, length: int | None, media_type: str, fields: Sequen
 class Connection:
     """An accepted socket, TLS over it, and what the server must know to take its place away.
 
-    The server calls it a link; the hooks of socketserver, and the handler, `request`.
+    The server calls it a link; socketserver, and so the handler, `request`.
 
     TLS works on two buffers, and the socket is our own: one read brings what an SSLSocket takes three for, and another thread
     can shut it down (SSLSocket.shutdown would clear its TLS state).
@@ -932,11 +926,11 @@ class Connection:
     `proven` tells that it has delivered a verified event.
     """
 
-    __slots__ = ("answering", "descriptor", "incoming", "is_cut", "outgoing", "peer", "proven", "since", "socket", "tls")
+    __slots__ = ("answering", "incoming", "is_cut", "outgoing", "peer", "proven", "since", "socket", "tls")
 
     def __init__(self, accepted: socket.socket, address: Any) -> None:
         host = address[0].removeprefix("::ffff:") if "." in address[0] else address[0]  # IPv4 on a dual-stack listener
-        self.socket, self.descriptor = accepted, accepted.fileno()
+        self.socket = accepted
         self.tls: ssl.SSLObject | None = None
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.peer = f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
@@ -952,7 +946,7 @@ class Connection:
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
         self._advance(self.tls.do_handshake)
         if not self.incoming.pending:
-            self.acknowledge()  # in TLS 1.3 nothing of ours follows that would carry it
+            self.acknowledge()  # in TLS 1.3 we send nothing after the peer's Finished that could carry it
         return True
 
     def _fetch(self) -> None:
@@ -964,7 +958,7 @@ class Connection:
             self.incoming.write_eof()
 
     def _advance(self, step: Callable[[], Any]) -> Any:
-        """Return what a step of TLS returns, with as much from the peer as it wants, and what it has to say sent."""
+        """Return what a step of TLS returns: give it what the peer sends as long as it asks, and send what it has to say."""
         while True:
             try:
                 return step()
@@ -972,7 +966,7 @@ class Connection:
                 pass
             finally:
                 if self.outgoing.pending:
-                    self.socket.sendall(self.outgoing.read())
+                    self.send(b"")
             self._fetch()
 
     def receive(self) -> bytes:
@@ -981,25 +975,22 @@ class Connection:
         if tls is None:
             return self.socket.recv(READ_SIZE)
         if not (self.incoming.pending or tls.pending()):
-            self._fetch()
+            self._fetch()  # without data the step would only raise, which costs more than to ask
         return bytes(self._advance(lambda: tls.read(READ_SIZE)))
 
     def send(self, data: bytes, last: bool = False) -> None:
-        """Send all of `data`, with the closure alert of TLS after the `last`. Raise OSError."""
+        """Send all of `data`, and the closure alert of TLS after the `last`: `tls` is None from then on. Raise OSError."""
         if self.tls:
-            for start in range(0, len(data), TLS_RECORD):
-                self.tls.write(data[start:start + TLS_RECORD])
+            if data:  # before 3.10, nothing to write is an error after the peer's end
+                self.tls.write(data)
             if last:
-                self._write_close_notify()
+                with contextlib.suppress(OSError):  # the peer's alert is not waited for
+                    self.tls.unwrap()
+                self.tls = None
             data = self.outgoing.read()
+        self.answering = True
         self.socket.sendall(data)
-
-    def _write_close_notify(self) -> None:
-        """Have TLS say that nothing follows, once: `tls` is None afterwards."""
-        with contextlib.suppress(OSError):  # the peer's is not waited for
-            if self.tls:
-                self.tls.unwrap()
-        self.tls = None
+        self.answering = False
 
     def stop_reading(self) -> None:
         """Let the connection's own thread read what has arrived, and then the end."""
@@ -1025,27 +1016,25 @@ class Connection:
         except OSError:
             return False
 
-    def close(self, unread: bool) -> None:
-        """Close, by closure alert first. A close with `unread` data would reset, and the peer would never see its answer."""
+    def end(self, unread: bool) -> None:
+        """Say that nothing follows. A close with `unread` data would be a reset, and the peer would never see its answer."""
         with contextlib.suppress(OSError):
             if self.tls:
-                self._write_close_notify()
                 self.socket.settimeout(0)
-                self.socket.sendall(self.outgoing.read())
+                self.send(b"", last=True)
         with contextlib.suppress(OSError):
             if unread:
                 self.socket.shutdown(socket.SHUT_WR)
                 self._drain()
-        self.socket.close()
 
     def _drain(self) -> None:
         end, left = time.monotonic() + DRAIN_SECONDS, DRAIN_BYTES
-        while left > 0 and time.monotonic() < end:
-            self.socket.settimeout(max(0.001, end - time.monotonic()))
-            count = len(self.socket.recv(READ_SIZE))
-            if not count:
+        while left > 0 and (seconds := end - time.monotonic()) > 0:
+            self.socket.settimeout(seconds)
+            received = self.socket.recv(READ_SIZE)
+            if not received:
                 return
-            left -= count
+            left -= len(received)
 
 
 def _forwarded_for(fields: dict[str, str]) -> str | None:
@@ -1060,6 +1049,9 @@ def _forwarded_for(fields: dict[str, str]) -> str | None:
 class Handler(http.server.BaseHTTPRequestHandler):
     """Requests in, answers out, in order, for one connection.
 
+    `buffer` has been received, but not read yet; `unread` tells that the peer may still be sending this request; `started` is
+    when the request's time began; `first` until one was answered.
+
     Only the loop of the base class is used: its reading of heads takes lines without a colon and ignores
     Transfer-Encoding, and its answers are HTML.
     """
@@ -1072,7 +1064,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.first = True
 
     def finish(self) -> None:
-        self.request.close(self.unread)
+        self.request.end(self.unread)
 
     def handle_one_request(self) -> None:
         """Read one request and answer it; `close_connection` tells `handle` whether another can follow."""
@@ -1093,7 +1085,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Rejected as refusal:
             self.refuse(refusal)
         self.request.since = time.monotonic()
-        self.request.answering = False
         self.first = False
 
     def begin(self) -> bool:
@@ -1103,7 +1094,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not received:
                 return False
             self.buffer += received
-        self.buffer = self.buffer.removeprefix(b"\r\n")  # with which old senders end a body (RFC 9112 section 2.2)
+        self.buffer = self.buffer.removeprefix(b"\r\n")  # old senders send one more after a body (RFC 9112 section 2.2)
         if not self.first:  # the time of the first request runs since accept
             self.request.since = time.monotonic()
         self.started = self.request.since
@@ -1175,19 +1166,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         data, self.buffer = self.buffer[:length], self.buffer[length + len(end):]
         return data.decode("latin-1")
 
-    def read_section(self) -> str:
-        """Return field lines up to an empty line, without their last CRLF."""
-        section = self.read_until(b"\r\n\r\n", HEAD_LIMIT - 4)
+    def read_section(self, limit: int = HEAD_LIMIT) -> str:
+        """Return field lines up to an empty line, without their last CRLF; `limit` is in bytes, of all of it."""
+        section = self.read_until(b"\r\n\r\n", limit - 4)
         if section is None:
             if not self.buffer.startswith(b"\r\n"):  # a head, not trailers: is it the target that is too long?
                 _parse_request_line(self.buffer.partition(b"\r\n")[0].decode("latin-1"))
-            raise Rejected(431, f"the head is longer than {HEAD_LIMIT} bytes")
+            raise Rejected(431, f"the head, or the trailers, are longer than {HEAD_LIMIT} bytes")
         return section
 
     def check_length(self, head: Head) -> None:
         """Raise Rejected where no body is announced, or one that is too long."""
         if head.length is None:
-            self.close_connection = self.unread = True
+            self.unread = True
             raise Rejected(411, "a Content-Length, or a chunked body, is needed")
         if head.length > self.server.settings.max_body:
             raise self.too_long()
@@ -1198,9 +1189,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_body(self, head: Head) -> bytes:
         """Return the body; a sender that waits for a 100 gets it now. Raise Rejected."""
         if "expect" in head.fields and head.minor and not self.buffer:
-            self.request.answering = True  # a peer that does not take it is cut at its deadline, too
             self.request.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.request.answering = False
         body = self.read_chunks() if head.length == CHUNKED else self.read_exactly(head.length or 0)
         self.unread = False
         return body
@@ -1233,7 +1222,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise Rejected(400, "a chunk is longer than its size (RFC 9112 section 7.1)")
             parts.append(chunk[:-2])
         self.buffer = b"\r\n" + self.buffer  # so that the trailer section, often empty, ends like a head
-        _parse_fields(self.read_section().split("\r\n")[1:])
+        _parse_fields(self.read_section(HEAD_LIMIT + 2).split("\r\n")[1:])
         return b"".join(parts)
 
     # storing and answering
@@ -1256,9 +1245,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fields = (*fields, ("Connection", "close"))
         elif self.keep_alive:
             fields = (*fields, ("Connection", "keep-alive"))
-        self.request.since, self.request.answering = time.monotonic(), True
+        self.request.since = time.monotonic()
         try:
-            head = format_head(status, len(content), media_type, fields)
+            head = format_head(status, len(content), media_type, fields)  # with its content by one write: one packet
             self.request.send(head if self.method == "HEAD" else head + content, self.close_connection)
         except OSError:  # the peer has gone; what is recorded stays recorded
             self.close_connection = True
@@ -1368,14 +1357,17 @@ class Certificate:
                 tell(f"error: {error}; the old certificate stays in use until the files change again")
 
 
-def one_is_over(links: Sequence[Connection]) -> bool:
-    """Tell whether one was cut, or reset by its peer, and only waits for its thread: a storm of resets comes faster than threads
-    see it, so that a good peer in its handshake is soon the oldest. A poll of 256 takes 40 us, where a MSG_PEEK each took 800."""
+def one_is_leaving(links: Sequence[Connection]) -> bool:
+    """Tell whether one was cut, or reset by its peer, and only waits for its thread.
+
+    In a storm of resets they come faster than threads see them, and a good peer in its handshake would soon be the oldest. A poll
+    of 256 takes 40 us, where a MSG_PEEK each took 800.
+    """
     if not hasattr(select, "poll"):
         return False
     ends = select.poll()
     for link in links:
-        ends.register(link.descriptor, 0)
+        ends.register(link.socket, 0)
     return bool(ends.poll(0))
 
 
@@ -1405,10 +1397,9 @@ class Receiver(socketserver.BaseServer):
         self.reports: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.reporter = threading.Thread(target=self.write_reports, name="reporter", daemon=True)
         self.reporter.start()
-        self.next_sweep = self.next_complaint = 0.0
         self.waiting: queue.SimpleQueue[Connection] = queue.SimpleQueue()  # for a thread
-        self.threads = 0
-        self.alarm, self.bell = socket.socketpair()
+        self.threads, self.next_sweep, self.next_complaint = 0, 0.0, 0.0
+        self.alarm, self.bell = socket.socketpair()  # a byte into the bell rings the alarm, and wakes the loop
         self.selector = selectors.DefaultSelector()
         for listener in listeners:
             listener.setblocking(False)
@@ -1439,8 +1430,8 @@ class Receiver(socketserver.BaseServer):
             self.reports.put(line)
 
     def write_reports(self) -> None:
-        """Write the lines of deliveries, those of REPORT_PAUSE at once: a write each hands the interpreter lock over once
-        more, which costs a seventh of the rate. The life of the reporter, until an empty line."""
+        """Write the lines of deliveries together, every REPORT_PAUSE: a write each would hand the interpreter lock over once more,
+        a seventh of the rate. The life of the reporter; an empty line ends it."""
         lines: list[str] = []
         while "" not in lines:
             lines = [self.reports.get()]
@@ -1458,7 +1449,7 @@ class Receiver(socketserver.BaseServer):
         """Accept until `stopping`; every `poll_interval` seconds at the latest, see what is due."""
         while not self.stopping:
             pause = min(poll_interval, self.next_sweep - time.monotonic())
-            for key, _ in self.selector.select(max(0.02, pause)):  # at most 50 sweeps a second
+            for key, _ in self.selector.select(max(0.02, pause)):  # deadlines that lie close together share a sweep
                 if key.data:
                     self.accept(key.data)
                 else:
@@ -1483,15 +1474,16 @@ class Receiver(socketserver.BaseServer):
         if self.certificate:
             self.certificate.follow()
 
-    def sweep(self, last: bool = False) -> None:
-        """End what is past its deadline, or, the `last` time, all that waits for a request; a new deadline always lies
+    def sweep(self, stopping: bool = False) -> None:
+        """End what is past its deadline; when `stopping`, also all that waits for a request. A new deadline always lies
         `request_timeout` ahead, so none is missed."""
         now, limit = time.monotonic(), self.settings.request_timeout
         with self.changed:  # so that none of them begins to store its event meanwhile
             for link in self.connections:
-                if link.answering and self.is_late(link):
+                late = self.is_late(link)
+                if late and link.answering:
                     link.cut()
-                elif last or self.is_late(link):
+                elif late or stopping:
                     link.stop_reading()
             self.next_sweep = min([now + limit, *(due for link in self.connections if (due := link.since + limit) > now)])
 
@@ -1514,10 +1506,10 @@ class Receiver(socketserver.BaseServer):
             return self.evict() and len(self.connections) < self.settings.max_connections
 
     def evict(self, but: Connection | None = None) -> bool:
-        """Cut the connection that has waited longest for its request, one that never delivered before one that did; none while one
-        is leaving by itself. Return whether one has gone. The caller holds `changed`."""
+        """Cut the connection that has waited longest for its request; those that never delivered go first. Where one is leaving by
+        itself, wait for that one instead. Return whether one has gone. The caller holds `changed`."""
         held = [link for link in self.connections if link is not but and link.since < math.inf]
-        if one_is_over(held) and self.changed.wait(0.1):
+        if one_is_leaving(held) and self.changed.wait(0.1):
             return True
         waiting = [link for link in held if not link.is_cut]
         if waiting:
@@ -1541,7 +1533,10 @@ class Receiver(socketserver.BaseServer):
             return False
         with self.changed:
             self.connections.add(link)
-        self.process_request(link, link.peer)
+        self.waiting.put(link)
+        if not self.add_threads():  # then another has to give up its own
+            with self.changed:
+                self.evict(but=link)
         return True
 
     def complain(self, message: str) -> None:
@@ -1549,13 +1544,6 @@ class Receiver(socketserver.BaseServer):
         if time.monotonic() >= self.next_complaint:
             self.next_complaint = time.monotonic() + 10
             tell(message)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Hand a connection to a thread; there are never more threads than there were connections and viewers at once."""
-        self.waiting.put(request)
-        if not self.add_threads():  # then another has to give up its own
-            with self.changed:
-                self.evict(but=request)
 
     def add_threads(self) -> bool:
         """Start threads until there is one for each connection and viewer; return False where that cannot be done now."""
@@ -1571,21 +1559,25 @@ class Receiver(socketserver.BaseServer):
     def work(self) -> None:
         """Serve one connection after another: the life of a thread. `stop` waits for connections, not for threads."""
         while True:
-            self.process_request_thread(self.waiting.get())
+            self.serve_connection(self.waiting.get())
 
-    def process_request_thread(self, link: Connection) -> None:
+    def serve_connection(self, link: Connection) -> None:
+        """Serve one connection to its end."""
         try:
-            if self.certificate is None or self.handshake(link, self.certificate.context):
+            if self.certificate is None or self.secure(link, self.certificate.context):
                 self.finish_request(link, link.peer)  # type: ignore[arg-type]  # a Connection stands for its socket
         except OSError:
             pass  # the peer has gone, or was cut off
         except Exception as error:
             tell_fault(error, link.peer)
         finally:
-            self.shutdown_request(link)
+            with self.changed:
+                self.connections.discard(link)
+                link.socket.close()
+                self.changed.notify_all()
 
-    def handshake(self, link: Connection, context: ssl.SSLContext) -> bool:
-        """Make the connection a TLS one; return whether it is."""
+    def secure(self, link: Connection, context: ssl.SSLContext) -> bool:
+        """Speak TLS with the peer; return False if that failed, or if it speaks plain HTTP and was told so."""
         try:
             if link.handshake(context):
                 return True
@@ -1598,14 +1590,8 @@ class Receiver(socketserver.BaseServer):
         text = b"This port speaks https: use https:// in the URL.\n"
         link.send(format_head(400, len(text), "text/plain; charset=utf-8", [("Connection", "close")]) + text)
         tell(f"{link.peer} refused 400 plain HTTP on the TLS port; the URL has to begin with https://")
-        link.close(unread=True)
+        link.end(unread=True)
         return False
-
-    def shutdown_request(self, request: Any) -> None:
-        request.socket.close()
-        with self.changed:
-            self.connections.discard(request)
-            self.changed.notify_all()
 
     def stop(self) -> None:
         """Answer what has been sent whole, then end all connections; within STOP_SECONDS and some."""
@@ -1629,7 +1615,7 @@ class Receiver(socketserver.BaseServer):
                 link.cut()
             self.changed.wait_for(lambda: not self.connections, 0.5)
         self.reports.put("")
-        self.reporter.join(STOP_GRACE)
+        self.reporter.join(2 * STDERR_SECONDS)
 
 
 def open_listeners(host: str, port: int) -> list[socket.socket]:
@@ -1736,7 +1722,7 @@ class Tail:
         return mark == self.mark
 
     def read(self, partly: bool = False) -> bytes:
-        """Return the next whole lines of this file, b"" if there are none yet. A part of a line is read again: it may be blanked."""
+        """Return the next whole lines of this file, b"" if there are none yet; of a torn one nothing, but `partly`: it may be blanked."""
         if not self.files:
             return b""
         file, length = self.files[0], VIEW_BYTES
@@ -1829,7 +1815,7 @@ def has_gone(viewer: Connection) -> bool:
     try:
         return not viewer.receive()
     except BlockingIOError:
-        return False
+        return viewer.answering  # what TLS had to say was not taken, and is lost
 
 
 def format_frames(lines: bytes, start: int) -> bytes:
@@ -1843,7 +1829,7 @@ def format_frames(lines: bytes, start: int) -> bytes:
 
 
 def stream_events(handler: Handler, tail: Tail, is_page: bool) -> None:
-    """Send events as they come until the viewer or the server goes, or the password is another; raise OSError if they are not taken."""
+    """Send events as they come, until the viewer goes, the server stops or the password changes; raise OSError if they are not taken."""
     link, server, password = handler.request, handler.server, handler.server.settings.view_password
     told: str | None = None
     beat = time.monotonic()
@@ -2252,6 +2238,7 @@ StagePair = tuple[Optional[str], Optional[str]]  # previous and current
 
 
 def _ticks(minute: str, seconds: str) -> int:
+    """Return the ticks of a minute as text and of seconds like 07.1234567."""
     return _parse_minute(minute) * 60 * TICKS + int(seconds.replace(".", "").ljust(9, "0"))
 
 
@@ -2308,7 +2295,7 @@ class Course:
     def steps(self, code: str) -> list[Step]:
         """Return an interview's course, each event once, in the order of its own time."""
         rows: dict[int, tuple[int, ...]] = {}
-        for row in sorted(zip(*[iter(self.events[code])] * 4)):
+        for row in sorted(zip(*[iter(self.events[code])] * 4)):  # time, recordedtime, hash of the id, number of the stages
             rows.setdefault(row[2], row)  # of an event in several logs, its first arrival
         # Of each event, the earliest arrival of it and those after it; the last event's first.
         soonest = list(itertools.accumulate((row[1] for row in reversed(rows.values())), min))
@@ -2553,12 +2540,11 @@ def shortfalls() -> str:
 
 def run(receiver: Receiver) -> int:
     """Serve until a signal says stop; return the exit code."""
-    ours = threading.current_thread() is threading.main_thread()
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if ours and hasattr(signal, name)]
     before = {}
-    for number in numbers:
+    if threading.current_thread() is threading.main_thread():
         signal.set_wakeup_fd(receiver.bell.fileno(), warn_on_full_buffer=False)
-        before[number] = signal.signal(number, receiver.obey)
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+        before = {number: signal.signal(number, receiver.obey) for number in numbers}
     settings, journal = receiver.settings, receiver.journal
     scheme, address = "http" if settings.behind_proxy else "https", receiver.listeners[0].getsockname()
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
