@@ -1422,7 +1422,8 @@ CHUNKS = {
     **{f"trailer {trailer!r}": ("0\r\n\r\n", f"0\r\n{trailer}\r\n\r\n", 400) for trailer in (
         "X", "X : y", ": y", " X: y", "X: y\r\n z", "X: y\nZ: z", "X: y\rZ: z", "X: \0", "X: \v", "X\xe9: y", "X: y\r")},
     "65 trailers": ("0\r\n\r\n", "0\r\n" + "X: y\r\n" * 65 + "\r\n", 431),
-    "trailers over 16 KiB": ("0\r\n\r\n", "0\r\nX: " + "y" * 16_384 + "\r\n\r\n", 431),
+    "trailers of 16 KiB": ("0\r\n\r\n", "0\r\nX: " + "y" * (16_384 - 7) + "\r\n\r\n", 200),
+    "trailers over 16 KiB": ("0\r\n\r\n", "0\r\nX: " + "y" * (16_384 - 6) + "\r\n\r\n", 431),
 }
 FRAMING = {name: (base, *row) for base, *tables in ((SIZED, REQUEST_LINES, FIELDS, LENGTHS), (CHUNKED, CODINGS, CHUNKS))
            for table in tables for name, row in table.items()}
