@@ -1561,7 +1561,7 @@ def test_other_methods_and_paths_are_refused(shared):
 
 def test_a_refused_sender_of_a_large_body_reads_its_answer(shared):
     with Peer(shared.port) as peer:
-        assert peer.ask(post(b"x" * 1_000_000, authorization="Bearer a.b.c")) == 401 and peer.ended()
+        assert peer.ask(post(b"x" * 7_000_000)) == 413 and peer.ended()  # more than the kernel takes for us, less than DRAIN_BYTES
 
 
 @pytest.mark.parametrize("limits", [{"DRAIN_SECONDS": 60}, {"DRAIN_SECONDS": 0.5, "DRAIN_BYTES": 2**40}], ids=["by bytes", "by time"])
@@ -1658,14 +1658,17 @@ def test_an_idle_connection_is_closed_and_a_busy_one_is_not(serve):
         for part in (raw[:9], raw[9:]):
             time.sleep(0.9)  # its pauses, before a request and within it, are longer together than the time of each
             busy.send(part)
-        assert busy.answer()[0] == 200 and idle.answer()[0] == 0
+        assert busy.answer()[0] == 200 and idle.ended()
 
 
 def test_a_peer_that_takes_no_answers_is_cut_off(serve):
     server = serve("--request-timeout", "0.5")
-    with Peer(server.port) as peer, pytest.raises(CUT_OFF):
-        while True:
-            peer.send(HEALTH * 100)
+    with Peer(server.port, timeout=15) as peer:
+        with pytest.raises(CUT_OFF):
+            while True:
+                peer.send(HEALTH * 100)
+        with pytest.raises(CUT_OFF):
+            peer.file.read()  # by a closure alert, that is: as a peer which is late with its request, and takes answers
     assert server.deliver(event())[0] == 200
 
 
@@ -1797,10 +1800,13 @@ def test_sigterm_waits_no_longer_for_a_disk_that_has_stalled_than_its_time(serve
 
 def test_sigterm_waits_no_longer_for_a_peer_that_takes_no_answer_than_its_time(serve):
     server = serve("--request-timeout", "1", limits={"STOP_SECONDS": 60})
-    with Peer(server.port, timeout=15) as peer, pytest.raises(CUT_OFF):
+    with Peer(server.port, timeout=15) as peer:
         server.process.terminate()
-        while True:  # for as long as it takes to fill every buffer on the way
-            peer.send(HEALTH * 300)
+        with pytest.raises(CUT_OFF):
+            while True:  # for as long as it takes to fill every buffer on the way
+                peer.send(HEALTH * 300)
+        with pytest.raises(CUT_OFF):
+            peer.file.read()
     assert server.stop() == 0
 
 
@@ -2644,7 +2650,7 @@ def test_a_timeline_on_a_terminal_is_as_wide_and_coloured(start, tmp_path, envir
 
 # Each row: the flags or the variable that differ from a good start, and what the one line has to hold.
 WRONG_STARTS = [
-    ("--cert=", "--cert"), ("--key=", "--key"), ("--cert missing.pem", "missing.pem"), ("--cert KEY", "certificate"),
+    ("--cert=", "--cert is missing"), ("--key=", "--key is missing"), ("--cert missing.pem", "missing.pem"), ("--cert KEY", "certificate"),
     ("--key CERT", "private key"), ("--key OTHER", "do not belong together"), ("--key LOCKED", "encrypted"), ("--cert cut", "cut short"),
     ("--cert empty", "no PEM certificate"),
     ("--port 65536", "--port"), ("--port 8_0", "--port"), ("--port \u0663", "--port"),
