@@ -2083,6 +2083,7 @@ function connect() {
 
 function reconnect() {  // by a new source: the browser's own would not know the file, and stops at a 503
   source.close();
+  heard = Date.now();  // or the next look, sooner than the connection after a long wait, would only begin that wait anew
   say("reconnecting");
   clearTimeout(retry);
   retry = setTimeout(connect, wait);
