@@ -1630,7 +1630,7 @@ def test_drip_by_drip_every_stage_has_the_same_time_in_all(serve):
     def drip(stage):
         """Note the status that a peer gets, 0 for an end without an answer, and whether that took the two seconds."""
         begun, (start, more) = time.monotonic(), stages[stage]
-        with Peer(server.port, tls=stage not in ("late", "mute")) as peer:
+        with Peer(server.port, tls=stage not in ("late", "mute"), timeout=10) as peer:
             if stage == "late":  # it takes its time for the handshake already
                 time.sleep(1.2)
                 peer.start_tls()
@@ -1640,7 +1640,7 @@ def test_drip_by_drip_every_stage_has_the_same_time_in_all(serve):
                 peer.send(start)
             if stage == "continued":
                 assert peer.answer()[0] == 100
-            while not select.select([peer.socket], [], [], 0.05)[0] and time.monotonic() < begun + 20:
+            while not select.select([peer.socket], [], [], 0.05)[0] and time.monotonic() < begun + 5:
                 peer.send(more)
             found[stage] = peer.answer()[0], 2 <= time.monotonic() - begun < 3.1
 
@@ -2219,6 +2219,22 @@ def test_the_view_needs_its_password(view):
     assert view.deliver(event())[0] == 200
 
 
+def test_addresses_of_wrong_passwords_are_remembered_up_to_a_bound(serve):
+    server = serve("--behind-proxy", SKYPE_VIEW_PASSWORD=PASSWORD, limits={"WRONG_ADDRESSES": 2, "WRONG_PASSWORDS": 1})
+
+    def status(host, password):
+        with Peer(server.port, tls=False) as peer:
+            return peer.ask(f"GET / HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: 192.0.2.{host}\r\n{basic(password)}\r\n\r\n".encode())
+
+    assert [status(host, "wrong") for host in (1, 2, 1, 3, 4)] == [401, 401, 429, 401, 401]
+    assert [status(host, PASSWORD) for host in (1, 2, 3, 4)] == [200, 200, 200, 429]
+
+
+def test_the_page_names_the_url_to_deliver_to(serve):
+    page = get(serve("--path", "/a&b", SKYPE_VIEW_PASSWORD=PASSWORD), "/", basic(PASSWORD))[2]
+    assert b"send '<span id=\"origin\"></span>/a&amp;b' --insecure" in page
+
+
 def test_the_page_has_a_strict_policy(view):
     status, fields, page = get(view, "/", basic(PASSWORD).replace("Basic", "bASIC "))
     assert status == 200 and page.startswith(b"<!doctype html>")
@@ -2277,10 +2293,32 @@ def test_a_viewer_waits_for_the_end_of_a_line(view):
         assert stream.next()[2] == json.loads(whole)
 
 
+def test_a_viewer_reads_on_in_a_rotated_file_until_the_next_one_has_an_event(view):
+    with Stream(view.port) as stream, open(view.log, "ab", 0) as file:
+        file.write(line(1)[1])
+        assert stream.next()[2]["id"] == line(1)[0]
+        view.log.rename(view.log.with_name("events.jsonl.1"))
+        view.log.touch(0o600)
+        time.sleep(0.2)  # in which it looks about ten times
+        file.write(line(2)[1])  # as the receiver does that had looked just before the rotation
+        assert stream.next()[2]["id"] == line(2)[0]
+        view.deliver(BODY)
+        assert stream.next()[2]["id"] == sha256(BODY)
+
+
+def test_a_line_may_be_longer_than_a_viewer_reads_at_once(view):
+    body = event(currentStage="x" * 1_048_200)
+    with Stream(view.port) as stream:
+        assert view.deliver(body)[0] == 200 and view.log.stat().st_size > 2**20
+        assert stream.next()[2]["id"] == sha256(body)
+
+
 def test_a_plain_reader_of_the_stream_gets_lines_of_the_log_alone(view):
     for _ in range(3):
         view.deliver(event())
     lines = view.log.read_bytes().splitlines(keepends=True)
+    with open(view.log, "ab", 0) as file:
+        file.write(lines[0].replace(b"}", b"\r}") + b"foreign\n")  # a CR would end the line of a server-sent event
     ends = [sum(map(len, lines[:n + 1])) for n in range(3)]
     for last, expected in ((None, 0), (0, 0), (ends[0], 1), (ends[1], 2), (ends[1] - 9, 2), (ends[2] + 1, 0), ("-1", 0), ("", 0),
                            ("\u00b2", 0)):
@@ -2336,11 +2374,31 @@ def test_sixteen_viewers_take_no_sender_s_place_and_do_not_delay_the_end(serve):
         assert server.stop() == 0 and time.monotonic() - begun < 10
 
 
+def test_a_viewer_that_takes_nothing_loses_its_place(serve):
+    server = serve("--request-timeout", "0.5", SKYPE_VIEW_PASSWORD=PASSWORD, limits={"VIEWERS": 1, "VIEW_BYTES": 2**25})
+    server.log.write_bytes(b"".join(line(number, 2**20)[1] for number in range(20)))  # more than the kernel takes for it
+    with Stream(server.port) as stream:
+        assert stream.status == 200 and Stream(server.port).status == 503
+        assert until(lambda: Stream(server.port).status == 200, 10)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="needs Linux' /proc")
+def test_a_viewer_s_machine_is_asked_whether_it_is_still_there(view):
+    with Stream(view.port) as stream:
+        ours, its = (f"0100007F:{port:04X}" for port in (view.port, stream.socket.getsockname()[1]))
+
+        def timers():
+            rows = map(str.split, pathlib.Path("/proc/net/tcp").read_text().splitlines())
+            return [row[5][:2] for row in rows if row[1:3] == [ours, its]]
+
+        assert until(lambda: timers() == ["02"])  # keepalive (proc(5))
+
+
 def test_a_silent_stream_has_a_heartbeat_and_ends_when_the_password_changes(serve, tmp_path):
     (tmp_path / ".env").write_text(f"SKYPE_VIEW_PASSWORD={PASSWORD}\n")
-    server = serve(limits={"HEARTBEAT_SECONDS": 0.3})
+    server, begun = serve(limits={"HEARTBEAT_SECONDS": 0.3, "VIEW_PAUSE": 0.02}), time.monotonic()
     with Stream(server.port) as stream:
-        assert [stream.file.readline() for _ in range(4)] == [b": heartbeat\n", b"\n"] * 2
+        assert [stream.file.readline() for _ in range(4)] == [b": heartbeat\n", b"\n"] * 2 and time.monotonic() - begun > 0.6
         with Stream(server.port, "/events?log=") as page:  # a script hears no comment
             assert [page.file.readline() for _ in range(12)].count(b"event: log\n") > 1
         (tmp_path / ".env").write_text("SKYPE_VIEW_PASSWORD=another\n")
@@ -2433,6 +2491,24 @@ def test_a_delivery_shows_up_in_the_browser_and_hostile_text_stays_text(serve, t
         assert [e for e in browser.events if e["method"] in noise and "401" not in json.dumps(e)] == []
         assert server.stop() == 0
         browser.wait_for("document.querySelector('#state').textContent == 'reconnecting'")
+
+
+def test_a_page_that_hears_nothing_goes_on_where_it_was_and_earlier_events_can_be_had(serve, tmp_path):
+    (tmp_path / "events.jsonl").write_bytes(b"".join(line_of(event(interviewCode=f"code {n}")) for n in range(2500)))
+    with contextlib.closing(Browser(tmp_path / "browser")) as browser:
+        server = serve(SKYPE_VIEW_PASSWORD="pass")
+        browser.call("Page.addScriptToEvaluateOnNewDocument", source="const slow = setInterval; setInterval = act => slow(act, 50)")
+        browser.call("Page.navigate", url=f"https://viewer:pass@localhost:{server.port}/")
+        browser.wait_for("document.querySelector('#state.live') && /began near the end/.test(document.querySelector('#note').textContent)")
+        browser.run("source.first = true; heard = 0")
+        browser.wait_for("!source.first && document.querySelector('#state').className == 'live'")
+        assert browser.run("source.url").endswith(f"&after={server.log.stat().st_size}")
+        browser.run("document.querySelector('#earlier').click()")
+        browser.wait_for("document.querySelector('#earlier').hidden && /^2500 of 2500/.test(document.querySelector('#note').textContent)")
+        browser.wait_for(f"at == {server.log.stat().st_size} && changed.size == 0")
+        browser.run("location.hash = 'code 2499'")  # whose event has come twice
+        browser.wait_for("document.querySelectorAll('#rows tr').length == 1")
+        assert browser.run("document.querySelectorAll('#rows li').length") == 1
 
 
 # --- The sender ---
@@ -2579,6 +2655,20 @@ base64
 """, "")
 
 
+def test_a_timeline_is_the_same_of_lines_that_are_not_as_documented_in_every_character(tmp_path):
+    lines = b"".join(line_of(event(interviewCode="code", currentStage={"value": stage, "metadata": ""}, timestamp=f"2026-11-24T10:00:{n:02d}.5Z"
+                                   ), 1_800_000_000 - n) for n, stage in enumerate(("InterviewCreated", "SchedulingTime", "Other")))
+    (tmp_path / "plain").write_bytes(lines)
+    (tmp_path / "other").write_bytes(lines.replace(b'"data":{', b'"data":{"x":1,'))
+    shown = [run("timeline", "--json", name, cwd=tmp_path)[1] for name in ("plain", "other")]
+    assert shown[0] == shown[1] and shown[0].count("2026-11-24T10:00:0") == 3 and shown[0].count('"late": true') == 2
+
+
+def test_a_pipe_in_a_log_s_place_keeps_nobody_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert run("timeline", "pipe", cwd=tmp_path)[0] == 2
+
+
 @pytest.mark.parametrize(("sent", "instant"), [
     ("1970-01-01T00:00:01Z", "1970-01-01T00:00:01.0000000Z"), ("1970-01-01t01:00:00+01:00", "1970-01-01T00:00:00.0000000Z"),
     ("1970-01-01T00:00:00-00:30", "1970-01-01T00:30:00.0000000Z"), ("2016-12-31T23:59:60Z", "2017-01-01T00:00:00.0000000Z"),
@@ -2596,9 +2686,10 @@ def test_a_timeline_skips_lines_whose_members_are_of_other_types(tmp_path):
     (line,) = stage_lines("one", COURSE[0])
     changes = [{"id": ["x"]}, {"id": 5}, {"id": None}, {"subject": 7}, {"subject": ["x"]}, {"subject": None}, {"time": 5}, {"time": None},
                {"recordedtime": None}, {"data": None}, {"data": []}, {"data": "x"}]
-    (tmp_path / "log").write_bytes(line + b"".join(json.dumps({**json.loads(line), **change}).encode() + b"\n" for change in changes))
+    others = [json.dumps({**json.loads(line), **change}).encode() + b"\n" for change in changes] + [b"[" * 2000 + b"\n"]
+    (tmp_path / "log").write_bytes(line + b"".join(others))
     code, out, err = run("timeline", "--json", "log", cwd=tmp_path)
-    assert (code, err) == (0, f"skipped 0 blank and {len(changes)} foreign lines\n")
+    assert (code, err) == (0, f"skipped 0 blank and {len(others)} foreign lines\n")
     assert [len(json.loads(interview)["events"]) for interview in out.splitlines()] == [1]
 
 
