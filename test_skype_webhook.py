@@ -1012,6 +1012,8 @@ def test_a_log_or_a_folder_that_cannot_be_synced_is_refused_at_the_start(log, mo
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(sw.JournalError, match="I/O error"):
         sw.Journal(log)
+    monkeypatch.undo()
+    sw.Journal(log).close()  # it has been let go
 
 
 @pytest.mark.parametrize(("call", "error"), [("fdatasync", OSError(errno.EIO, "I/O error")), ("write", MemoryError())], ids=str)
@@ -1075,7 +1077,7 @@ def test_append_check_and_close_wait_no_longer_than_their_time(journal, stall, m
     for act in (lambda: journal.append(*line(1), 0.1), journal.check):
         with pytest.raises(sw.JournalError, match="within 0.1 s"):
             act()
-    for seconds in (0.1, 60):  # the second one finds it closed, and does not wait
+    for seconds in (0.1, 15):  # the second one finds it closed, and does not wait
         monkeypatch.setattr(sw, "CLOSE_SECONDS", seconds)
         journal.close()
     with pytest.raises(sw.JournalError, match="closed"):
@@ -1640,6 +1642,47 @@ def test_plain_http_is_told_to_use_https(shared):
         assert (status, fields["content-type"].split(";")[0]) == (400, "text/plain") and b"https" in content and peer.ended()
 
 
+@pytest.mark.parametrize(("size", "due"), [(16_384, 200), (16_385, 431)])
+def test_a_head_of_16_kib_is_the_longest_however_late_its_end(shared, size, due):
+    head = HEALTH[:-2] + b"X: " + b"x" * (size - len(HEALTH) - 5) + b"\r\n\r\n"
+    assert len(head) == size
+    with Peer(shared.port) as peer:
+        peer.send(head[:-1])
+        time.sleep(0.1)  # in which it is read
+        assert peer.ask(head[-1:]) == due
+
+
+def test_the_end_comes_with_the_answer_although_more_was_announced(serve):
+    server = serve("--behind-proxy", limits={"DRAIN_SECONDS": 20})
+    with Peer(server.port, tls=False, timeout=10) as peer:
+        assert peer.ask(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n") == 401 and peer.ended()
+
+
+@pytest.mark.parametrize(("version", "ciphers", "taken"), [
+    ("TLSv1_3", "DEFAULT", True), ("TLSv1_2", "ECDHE+AESGCM", True), ("TLSv1_2", "ECDHE-ECDSA-AES128-SHA256", True),
+    ("TLSv1_2", "ECDHE-ECDSA-AES128-SHA", False), ("TLSv1_1", "ALL", False)])
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
+def test_old_versions_and_ciphers_of_tls_are_refused_by_an_alert(shared, version, ciphers, taken):
+    context = ssl._create_unverified_context()
+    context.set_ciphers(f"{ciphers}:@SECLEVEL=0")
+    context.minimum_version = context.maximum_version = getattr(ssl.TLSVersion, version)
+    with socket.create_connection(("127.0.0.1", shared.port), 30) as raw:
+        with contextlib.nullcontext() if taken else pytest.raises(ssl.SSLError, match="(?i)alert"):
+            with context.wrap_socket(raw) as peer:
+                assert peer.version() == version.replace("_", ".")
+
+
+def test_pipelined_answers_do_not_wait_for_each_other(shared):
+    with Peer(shared.port) as peer:
+        pauses = []
+        for _ in range(30):
+            begun = time.monotonic()
+            peer.send(HEALTH * 2)
+            assert [peer.answer()[0], peer.answer()[0]] == [200, 200]
+            pauses.append(time.monotonic() - begun)
+    assert sorted(pauses)[20] < 0.03  # with Nagle, 40 ms
+
+
 def test_a_half_closed_sender_is_answered(shared):
     with Peer(shared.port) as peer:
         peer.send(post(event())[:-1])
@@ -1758,6 +1801,34 @@ def test_the_only_connection_there_can_be_keeps_its_place_while_its_event_is_bei
         other.close()
 
 
+def test_a_flood_is_evicted_without_a_pause(serve):
+    server = serve("--max-connections", "4")
+    flood = connect(server, 100)
+    begun = time.monotonic()
+    assert server.deliver(event())[0] == 200 and time.monotonic() - begun < 5
+    for peer in flood:
+        peer.close()
+
+
+def test_who_was_evicted_amid_its_request_is_not_told_of(serve):
+    server = serve("--max-connections", "1")
+    with Peer(server.port) as half:
+        half.send(post(event())[:-1])
+        time.sleep(0.1)  # in which it is read
+        assert server.deliver(event())[0] == 200 and half.answer()[0] == 0
+    assert server.stop() == 0
+    server.wait_for("stopped: 1 recorded, 0 duplicate, 0 refused")
+
+
+def test_a_fault_costs_its_connection_alone(serve):
+    server = serve("--max-connections", "1", limits={"CHUNK_LINE_LIMIT": None})
+    for _ in range(2):
+        with Peer(server.port) as peer:
+            assert peer.ask(chunked(BODY)) == 0
+        assert server.deliver(event())[0] == 200
+    assert server.stderr().count("fault TypeError in ") == 2
+
+
 def test_a_kept_sender_that_has_delivered_outlives_a_flood(serve):
     server = serve("--max-connections", "4")
     with Peer(server.port) as kept:
@@ -1832,6 +1903,32 @@ def test_sigterm_answers_what_was_sent_whole(serve):
         assert half.answer()[0] == 503
     assert server.stop() == 0
     assert "5 recorded, 1 duplicate, 1 refused" in server.stderr()
+
+
+@pytest.mark.parametrize("flags", [(), ("--behind-proxy",)], ids=["read", "not read"])  # by the time that the first is answered
+def test_sigterm_answers_a_second_request_that_had_arrived(serve, flags):
+    server = serve(*flags)
+    sizes = {len(post(event(pad="x" * size))): size for size in range(4000)}
+    with Peer(server.port, tls=not flags) as peer:
+        assert peer.ask(post(event())) == 200
+        server.process.send_signal(signal.SIGSTOP)
+        peer.send(post(event(pad="x" * sizes[4096]) if flags else event()))  # all that is read at once, and no more
+        peer.send(post(event()))
+        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGCONT)
+        assert [peer.answer()[0] for _ in range(3)] == [200, 200, 0]
+
+
+def test_sigterm_answers_who_waits_to_be_accepted(serve):
+    server = serve("--behind-proxy")
+    server.process.send_signal(signal.SIGSTOP)
+    with contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(Peer(server.port, tls=False)) for _ in range(20)]
+        for peer in peers:
+            peer.send(post(event()))
+        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGCONT)
+        assert [peer.answer()[0] for peer in peers] == [200] * 20
 
 
 def test_sigterm_waits_no_longer_for_a_disk_that_has_stalled_than_its_time(serve):
@@ -1950,6 +2047,25 @@ def test_an_expired_certificate_is_served_with_a_warning(serve, tmp_path):
 
 
 # --- Signals, secrets, a proxy in front, listeners of systemd, other systems ---
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs Linux' /proc")
+def test_a_receiver_that_was_sent_a_signal_goes_back_to_sleep(serve):
+    server = serve()
+    server.hang_up("read again")
+
+    def ticks():
+        return sum(map(int, pathlib.Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+
+    before = ticks()
+    time.sleep(0.5)
+    assert ticks() - before < 5
+
+
+def test_lines_of_deliveries_are_dropped_beyond_a_bound_and_counted_all_the_same(serve):
+    server = serve(limits={"REPORT_LIMIT": 0})
+    assert server.deliver(event())[0] == 200 and server.stop() == 0
+    assert re.search("stopped: 1 recorded", server.stderr()) and not re.search(r"\d recorded \w", server.stderr())
 
 
 def test_a_program_that_imports_main_has_its_signals_back_afterwards(tmp_path, monkeypatch):
