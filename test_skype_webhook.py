@@ -1654,7 +1654,7 @@ def test_a_head_of_16_kib_is_the_longest_however_late_its_end(shared, size, due)
 
 def test_the_end_comes_with_the_answer_although_more_was_announced(serve):
     server = serve("--behind-proxy", limits={"DRAIN_SECONDS": 20})
-    with Peer(server.port, tls=False, timeout=10) as peer:
+    with Peer(server.port, tls=False, timeout=5) as peer:
         assert peer.ask(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n") == 401 and peer.ended()
 
 
@@ -2273,6 +2273,19 @@ def test_odd_listening_sockets_end_the_start_with_one_line(tmp_path, certificate
 def test_listening_sockets_that_are_meant_for_another_process_are_left_alone(serve):
     server = serve(LISTEN_FDS="x", LISTEN_PID="1")
     assert server.deliver(event())[0] == 200
+
+
+def test_the_backlog_of_a_passed_socket_is_left_to_the_successor(tmp_path, certificate):
+    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
+        process, _ = start_on(listener, tmp_path, certificate)
+        process.send_signal(signal.SIGSTOP)
+        waiting = [stack.enter_context(contextlib.closing(socket.create_connection(listener.getsockname(), 30))) for _ in range(20)]
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(40) == 0
+        listener.setblocking(False)
+        for _ in waiting[:-3]:  # it takes one at each turn until it sees the signal
+            listener.accept()[0].close()
 
 
 def test_restarts_on_a_passed_socket_under_load_refuse_no_connection(tmp_path, certificate):
@@ -2993,6 +3006,15 @@ def test_without_a_host_all_addresses_of_both_families_are_listened_on(serve):
     server.wait_for(r" 127\.0\.0\.1:\d+ recorded ")
 
 
+def test_a_host_of_several_addresses_is_listened_on_at_one_port(serve):
+    addresses = {row[4][0] for row in socket.getaddrinfo("localhost", 0, type=socket.SOCK_STREAM)}
+    if len(addresses) < 2:
+        pytest.skip("localhost has one address here")
+    server = serve("--host", "localhost")
+    for address in addresses:
+        socket.create_connection((address, server.port), 30).close()
+
+
 def test_behind_a_proxy_loopback_alone_is_listened_on_unless_a_host_is_named(serve):
     serve("--behind-proxy", "--host", "").wait_for("listening on http://127.0.0.1:")
 
@@ -3011,6 +3033,27 @@ def test_a_fault_is_told_by_its_kind_and_place_only(tmp_path, monkeypatch, capfd
         thread.join()
     told = capfd.readouterr().err
     assert told.count("\n") == told.count(" fault RuntimeError in fault, line ") == 2 and "hush" not in told
+
+
+def test_a_sync_that_fails_before_there_is_a_server_ends_it_too(tmp_path, monkeypatch, capfd):
+    log = tmp_path / "events.jsonl"
+
+    def sync(_):
+        if log.read_bytes().endswith(b"\n"):
+            raise OSError(errno.EIO, "I/O error")
+
+    log.write_bytes(b"torn")
+    monkeypatch.chdir(tmp_path)
+    for name, value in OURS.items():
+        monkeypatch.setenv(name, value)
+    real, refused = os.write, iter([True])
+    monkeypatch.setattr(os, "write", lambda fd, data: 0 if data == b"\n" and next(refused, False) else real(fd, data))
+    monkeypatch.setattr(os, "fdatasync", sync)  # the torn line could not be ended, and when it can be, that cannot be synced
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    code = []
+    (thread,) = gather(1, lambda: code.append(sw.main(["--behind-proxy", "--port", "0"])))
+    thread.join(10)
+    assert code == [1] and "start again" in capfd.readouterr().err
 
 
 # Of our own, nobody else has anything to read; of another's (root's), we read it by our group.
