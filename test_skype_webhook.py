@@ -654,6 +654,14 @@ def test_an_odd_event_is_recorded_byte_for_byte_with_a_warning(body):
     assert line.startswith(b'{"specversion":"1.0","id":"' + sha256(body).encode() + b'","source":')
 
 
+@pytest.mark.parametrize(("field", "value", "warning"), [
+    ("event", "a b", "event is missing or not a plain word"), ("interviewCode", 5, "interviewCode is missing or not plain text"),
+    ("timestamp", "x", "timestamp is missing or not an RFC 3339 time"), ("previousStage", None, "previousStage.value is missing"),
+    ("currentStage", {"value": "New"}, "currentStage.value 'New' is not a documented stage")])
+def test_what_is_not_as_documented_is_named(field, value, warning):
+    assert sw.parse_event(event(**{field: value})).warnings == (warning,)
+
+
 def test_the_documented_event_becomes_this_line():
     body = event(interviewCode="1c519c56")
     envelope = json.loads(line := line_of(body, 1_519_343_720.25))
@@ -2496,12 +2504,11 @@ def test_a_line_may_be_longer_than_a_viewer_reads_at_once(view):
 
 
 def test_a_plain_reader_of_the_stream_gets_lines_of_the_log_alone(view):
+    view.log.write_bytes(odd := line_of(BODY).replace(b"}", b"\r}") + b"foreign\n")  # a CR would end the line of a server-sent event
     for _ in range(3):
         view.deliver(event())
-    lines = view.log.read_bytes().splitlines(keepends=True)
-    with open(view.log, "ab", 0) as file:
-        file.write(lines[0].replace(b"}", b"\r}") + b"foreign\n")  # a CR would end the line of a server-sent event
-    ends = [sum(map(len, lines[:n + 1])) for n in range(3)]
+    lines = view.log.read_bytes()[len(odd):].splitlines(keepends=True)
+    ends = [len(odd) + sum(map(len, lines[:n + 1])) for n in range(3)]
     for last, expected in ((None, 0), (0, 0), (ends[0], 1), (ends[1], 2), (ends[1] - 9, 2), (view.log.stat().st_size + 1, 0),
                            ("-1", 0), ("", 0), ("9" * 5000, 0)):  # more digits than int() takes
         with Stream(view.port, "/events", *([] if last is None else [f"Last-Event-ID: {last}"])) as stream:
