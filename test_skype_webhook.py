@@ -2846,8 +2846,9 @@ base64
 
 
 def test_a_timeline_is_the_same_of_lines_that_are_not_as_documented_in_every_character(tmp_path):
-    lines = b"".join(line_of(event(interviewCode="code", currentStage={"value": stage, "metadata": ""}, timestamp=f"2026-11-24T10:00:{n:02d}.4862382Z"),
-                            1_800_000_000 - n) for n, stage in enumerate(("InterviewCreated", "SchedulingTime", "Other")))
+    bodies = [event(interviewCode="code", currentStage={"value": stage, "metadata": ""}, timestamp=f"2026-11-24T10:00:{n:02d}.4862382Z")
+              for n, stage in enumerate(("InterviewCreated", "SchedulingTime", "Other"))]
+    lines = b"".join(line_of(body, 1_800_000_000 - n) for n, body in enumerate(bodies))
     (tmp_path / "plain").write_bytes(lines)
     (tmp_path / "other").write_bytes(lines.replace(b'"data":{', b'"data":{"x":1,'))
     shown = [run("timeline", "--json", name, cwd=tmp_path)[1] for name in ("plain", "other")]
