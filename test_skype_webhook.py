@@ -611,7 +611,7 @@ def line_of(body, recorded=0):
 @pytest.mark.parametrize("body", [
     b"", b"[]", b"1", b"null", b'"x"', b"{", b"{} x", b'{"a":NaN}', b'{"a":-Infinity}', b'{"a":01}', b"{'a':1}", b'{"a":"\n"}', b'{"a":1,}',
     b"\xef\xbb\xbf{}", '{"a":1}'.encode("utf-16"), '{"a":1}'.encode("utf-32-le"), b'{"a":"\xff"}', b'{"a":"\xed\xa0\x80"}',
-    b'{"a":' + b"[" * 64 + b"]" * 64 + b"}", b'{"a":' + b"[" * 100_000, b'{"a":"\\x"}',
+    b'{"a":' + b"[" * 64 + b"]" * 64 + b"}", b'{"a":' + b"[" * 100_000, b'{"a":"\\x"}', b"\x0b{}", b"{}\x1c", "{}\xa0".encode(),
 ], ids=lambda body: repr(body[:20]))
 def test_what_is_no_event_is_refused(body):
     with pytest.raises(sw.Rejected) as caught:
@@ -1501,7 +1501,7 @@ def framed(case):
 def test_framing(shared, case):
     raw, due = framed(case)
     before = shared.log.read_bytes()
-    with Peer(shared.port) as peer:
+    with Peer(shared.port, timeout=5) as peer:  # sooner than the receiver's own deadline
         peer.send(raw)
         for status in due:
             answered, fields, content = peer.answer()
@@ -1645,7 +1645,7 @@ def test_an_empty_line_after_a_delivery_is_no_request(serve):
 
 def test_plain_http_is_told_to_use_https(shared):
     with Peer(shared.port, tls=False) as peer:
-        peer.send(post(event()))
+        peer.send(post(event(pad="x" * 100_000)))  # more than is read at once
         status, fields, content = peer.answer()
         assert (status, fields["content-type"].split(";")[0]) == (400, "text/plain") and b"https" in content and peer.ended()
 
