@@ -266,6 +266,9 @@ def faulty(server, rule, path=None):
             yield
         finally:
             tracer.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                tracer.wait(20)
+            tracer.kill()  # it waits for a call that it holds up
 
 
 def readme(heading, number=0):
