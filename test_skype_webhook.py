@@ -97,6 +97,7 @@ class Peer:
 
     def start_tls(self):
         context = ssl._create_unverified_context()
+        context.options &= ~0x80  # OP_IGNORE_UNEXPECTED_EOF, which 3.9 sets
         self.socket = context.wrap_socket(self.raw, server_hostname="localhost", suppress_ragged_eofs=False)  # a closure alert is due
         self.file = self.socket.makefile("rb")
 
