@@ -2694,7 +2694,7 @@ def test_a_page_that_hears_nothing_goes_on_where_it_was_and_earlier_events_can_b
         browser.call("Page.addScriptToEvaluateOnNewDocument", source="const slow = setInterval; setInterval = act => slow(act, 50)")
         browser.call("Page.navigate", url=f"https://viewer:pass@localhost:{server.port}/")
         browser.wait_for("document.querySelector('#state.live') && /began near the end/.test(document.querySelector('#note').textContent)")
-        browser.run("source.first = true; heard = 0")
+        browser.run("source.first = true; heard = 0; wait = 200")
         browser.wait_for("!source.first && document.querySelector('#state').className == 'live'")
         assert browser.run("source.url").endswith(f"&after={server.log.stat().st_size}")
         browser.run("document.querySelector('#earlier').click()")
