@@ -563,8 +563,8 @@ class Journal:
                 return False
             entry = self._unsettled.get(key)
             if first := entry is None:
-                if self.final or self._closing:
-                    raise JournalError(self.final or "the log is closed")
+                if self._closing:
+                    raise JournalError("the log is closed")
                 if self._pending_bytes > BACKLOG_BYTES:
                     raise JournalError("the disk has stalled, and too much waits for it")
                 entry = self._unsettled[key] = _Entry(key, line)
@@ -584,8 +584,6 @@ class Journal:
 
         That is as long as the shortest one refused: on a full disk, a shorter one can find room in the file's last block.
         """
-        if self.final:
-            raise JournalError(self.final)
         if self._failing:
             self.append("", b"\n".rjust(self._refused), CHECK_SECONDS)
 
@@ -870,7 +868,7 @@ def _parse_request_line(line: str) -> tuple[str, str, str, int]:
     if major != "1":
         raise Rejected(505 if major >= "2" else 400, "only HTTP/1.1 and HTTP/1.0 are spoken here")
     path, _, query = _ABSOLUTE.sub("", target).partition("?")
-    return method, path or "/", query, min(int(minor), 1)
+    return method, path or "/", query, int(minor)
 
 
 def parse_head(text: str) -> Head:
@@ -1595,9 +1593,6 @@ class Receiver(socketserver.BaseServer):
 
     def stop(self) -> None:
         """Answer what has been sent whole, then end all connections; within STOP_SECONDS and some."""
-        with self.changed:
-            for link in self.viewers:
-                link.cut()
         end, grace = time.monotonic() + STOP_SECONDS, time.monotonic() + STOP_GRACE
         for listener in self.listeners:
             # The backlog is answered too, but for the sockets of systemd: theirs is for our successor.
