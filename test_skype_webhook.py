@@ -1867,6 +1867,32 @@ def test_a_peer_in_no_hurry_outlives_a_storm_of_connects_and_resets(serve):
     assert server.stop() == 0
 
 
+def test_a_peer_that_resets_its_connection_behind_its_hello_costs_no_handshake(serve):
+    server = serve()
+    stat, folder = (pathlib.Path(f"/proc/{server.process.pid}/{name}") for name in ("stat", "fd"))
+    if not stat.exists():
+        pytest.skip("needs Linux' /proc")
+    client = ssl._create_unverified_context().wrap_bio(ssl.MemoryBIO(), outgoing := ssl.MemoryBIO())
+    with contextlib.suppress(ssl.SSLWantReadError):
+        client.do_handshake()
+    hello, descriptors = outgoing.read(), len(os.listdir(folder))
+
+    def ticks(sent):  # of CPU that 400 of them cost
+        before = sum(map(int, stat.read_text().split()[13:15]))
+        server.process.send_signal(signal.SIGSTOP)
+        for _ in range(400):
+            with socket.create_connection(("127.0.0.1", server.port), 5) as gone:
+                gone.sendall(sent)
+                gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        server.process.send_signal(signal.SIGCONT)
+        assert server.deliver(event())[0] == 200 and until(lambda: len(os.listdir(folder)) <= descriptors)
+        return sum(map(int, stat.read_text().split()[13:15])) - before
+
+    ticks(b"")  # starts the threads
+    assert sum(ticks(hello) - ticks(b"") for _ in range(3)) < 8  # a tick is 10 ms; 1,200 handshakes take over 20
+    assert server.stop() == 0
+
+
 def test_without_descriptors_the_longest_waiting_gives_up_its_own(serve):
     server = serve("--request-timeout", "60")
     server.limit("NOFILE", len(os.listdir(f"/proc/{server.process.pid}/fd")) + 4)
