@@ -11,6 +11,7 @@ import errno
 import functools
 import hashlib
 import hmac
+import http.server
 import json
 import os
 import pathlib
@@ -2752,6 +2753,30 @@ def test_send_delivers_and_says_what_became_of_it(serve, certificate, tmp_path):
     server.stop()
     code, _, err = run("send", url, "--insecure", cwd=tmp_path, **OURS)
     assert code == 1 and "refused" in err
+
+
+def test_send_says_that_it_was_the_limit_itself_where_it_was(shared, certificate, tmp_path):
+    class Slow(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["content-length"]))
+            time.sleep(0.05)  # what a disk takes
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    def says_so(url, count):
+        code, out, _ = run("send", url, "--ca", certificate[0], "--count", count, "--concurrency", 8, cwd=tmp_path, **OURS)
+        assert code == 0 and f"{count} delivered" in out
+        return "the sender itself was the limit" in out
+
+    assert until(lambda: says_so(f"https://localhost:{shared.port}/", 800))  # in time, on a machine that others use, too
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow) as slow:
+        threading.Thread(target=slow.serve_forever, daemon=True).start()
+        assert not says_so(f"http://127.0.0.1:{slow.server_port}/", 100)
+        slow.shutdown()
 
 
 def test_an_interrupted_send_says_what_was_delivered_and_does_not_end_with_0(serve, certificate):
