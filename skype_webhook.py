@@ -563,8 +563,8 @@ class Journal:
                 return False
             entry = self._unsettled.get(key)
             if first := entry is None:
-                if self._closing:
-                    raise JournalError("the log is closed")
+                if self.final or self._closing:
+                    raise JournalError(self.final or "the log is closed")
                 if self._pending_bytes > BACKLOG_BYTES:
                     raise JournalError("the disk has stalled, and too much waits for it")
                 entry = self._unsettled[key] = _Entry(key, line)
@@ -584,6 +584,8 @@ class Journal:
 
         That is as long as the shortest one refused: on a full disk, a shorter one can find room in the file's last block.
         """
+        if self.final:
+            raise JournalError(self.final)
         if self._failing:
             self.append("", b"\n".rjust(self._refused), CHECK_SECONDS)
 
@@ -607,6 +609,14 @@ class Journal:
             self._release()
 
     def _run(self) -> None:
+        try:
+            self._commit_batches()
+        except Exception as fault:  # out of memory, or a fault of ours: without this thread nothing can be stored
+            self.final = f"{self.path}: {type(fault).__name__}"
+            self.on_final()
+            self.give_up(self.final)
+
+    def _commit_batches(self) -> None:
         """Commit one batch after another until the journal closes: the life of its thread."""
         while True:
             with self._lock:
@@ -615,11 +625,7 @@ class Journal:
                 batch, self._pending, self._pending_bytes = self._pending, [], 0
             if not batch:
                 return
-            try:
-                self._settle(batch, self.final or self._commit(b"".join([entry.line for entry in batch])))
-            except Exception as fault:  # out of memory, or a fault of ours: without this thread nothing can be stored
-                self.final = f"{self.path}: {type(fault).__name__}"
-                self._settle(batch, self.final)
+            self._settle(batch, self.final or self._commit(b"".join([entry.line for entry in batch])))
             if self.final:
                 self.on_final()
 
@@ -630,7 +636,7 @@ class Journal:
             if error:
                 self._refused = min(len(entry.line) for entry in batch)
             for entry in batch:
-                self._unsettled.pop(entry.key, None)
+                del self._unsettled[entry.key]
                 if error is None and entry.key:
                     self._remember(entry.key)
             waited_for = [entry for entry in batch if entry.outcome is None]  # `give_up` has settled the others
@@ -716,6 +722,8 @@ class Journal:
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
         self._appender = os.open(self.path, flags, 0o600)
         status = os.fstat(self._appender)
+        if not stat.S_ISREG(status.st_mode):  # it was replaced meanwhile
+            raise JournalError("it is not a regular file")
         if fcntl:
             try:
                 fcntl.flock(self._appender, fcntl.LOCK_EX | fcntl.LOCK_NB)

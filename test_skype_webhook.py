@@ -1046,6 +1046,30 @@ def test_a_sync_that_fails_or_a_fault_is_final(log, monkeypatch, call, error):
     assert not log.read_bytes().strip()
 
 
+def test_a_fault_while_a_batch_is_settled_is_final_and_keeps_nobody_waiting(log, monkeypatch):
+    class Line(bytes):
+        """A line whose length can be asked for once."""
+
+        answers = [1]
+
+        def __len__(self):
+            return self.answers.pop()
+
+    def fail(*_):
+        raise OSError(errno.EIO, "I/O error")
+
+    ended = threading.Event()
+    with sw.Journal(log) as journal:
+        journal.on_final = ended.set
+        monkeypatch.setattr(os, "write", fail)
+        for act in (lambda: journal.append(line(1)[0], Line(line(1)[1]), 20), lambda: journal.append(*line(2), 20), journal.check):
+            begun = time.monotonic()
+            with pytest.raises(sw.JournalError, match="IndexError"):
+                act()
+            assert time.monotonic() - begun < 10
+        assert ended.wait(10)
+
+
 def test_the_check_tries_a_line_as_long_as_the_refused_one(log, monkeypatch):
     real = os.write
 
