@@ -132,6 +132,189 @@ def _why(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
+# --- The operator's line: stderr only ---
+
+
+@lru_cache(maxsize=2)  # only the first event of a second pays
+def _format_second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat()[:19]
+
+
+def printable(text: str) -> str:
+    """Return `text` with all that could move a cursor or hide text (controls, bidi marks) escaped."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def stamp(message: str) -> str:
+    """Return the operator's line for `message`, as of now (UTC, to the millisecond)."""
+    now = time.time()
+    return f"{_format_second(int(now))}.{int(now * 1000) % 1000:03d}Z {printable(message)}\n"
+
+
+def write_lines(lines: Sequence[str]) -> None:
+    """Write lines to stderr by one write. If it is closed, full or not read, they are lost: no event and no stop waits for it."""
+    with contextlib.suppress(OSError):
+        if os.name != "posix" or select.select((), (2,), (), STDERR_SECONDS)[1]:
+            os.write(2, "".join(lines).encode("utf-8", "backslashreplace"))
+
+
+def tell(message: str) -> None:
+    """Write one line to stderr now; the lines of deliveries go by `Receiver.reports`."""
+    write_lines([stamp(message)])
+
+
+def tell_fault(error: BaseException, who: str) -> None:
+    """Tell of a fault of ours. Its text could hold anything, so only its kind and place are told."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    tell(f"{who} fault {type(error).__name__} in {place.name}, line {place.lineno}: please report it")
+
+
+# --- Settings: what can be set, in the environment or an env file; the command line stands last ---
+
+
+def _number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], Any]:
+    form = r"[0-9]{1,12}" if kind is int else r"[0-9]{1,6}(?:\.[0-9]{1,6})?"  # the kinds themselves take 1_0, +5 and other digits
+
+    def parse(text: str) -> Any:
+        if not re.fullmatch(form, text) or not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number from {low} to {high}")
+        return kind(text)
+    return parse
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
+    return text.lower() in ("1", "true", "yes", "on")
+
+
+def _url_path(text: str) -> str:
+    if not re.fullmatch(r"/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*", text) or text == "/healthz":
+        raise argparse.ArgumentTypeError(f"{text!r} is not a path like /hook (and /healthz is taken)")
+    return text
+
+
+def _setting(default: Any, parse: Callable[[str], Any], help: str, flag: str = "") -> Any:
+    flag, _, metavar = flag.partition(" ")
+    argument = {"type": parse, "metavar": metavar} if metavar else {"action": "store_const", "const": True}
+    return dataclasses.field(default=default, repr=False, metadata={"parse": parse, "flag": flag, "help": help, "argument": argument})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All settings; in the environment each is named SKYPE_ and its name here, and a secret can be in a file named by ..._FILE."""
+
+    api_key: str = _setting("", str, "the API key of your API settings page (required)")
+    api_secret: str = _setting("", str, "its secret (required)")
+    api_key_previous: str = _setting("", str, "the key before the present one, while it is still used")
+    api_secret_previous: str = _setting("", str, "the secret before the present one, while it is still used")
+    view_password: str = _setting("", str, "password of the live view (default: no live view)")
+    tls_cert: str = _setting("", str, "certificate, PEM, the full chain", "--cert FILE")
+    tls_key: str = _setting("", str, "its private key, PEM, not encrypted", "--key FILE")
+    host: str = _setting("", str, "address to listen on (default: all, IPv4 and IPv6)", "--host ADDRESS")
+    port: int = _setting(8443, _number(int, 0, 65535), "port to listen on (default: 8443)", "--port PORT")
+    path: str = _setting("/", _url_path, "path of the webhook URL (default: /)", "--path PATH")
+    log: str = _setting("events.jsonl", str, "the log, appended to (default: events.jsonl)", "--log FILE")
+    leeway: float = _setting(1.0, _number(float, 0, 3600), "seconds that two clocks may differ (default: 1)", "--leeway SECONDS")
+    max_body: int = _setting(2**20, _number(int, 1, 2**30), "longest body in bytes (default: 1 MiB)", "--max-body BYTES")
+    max_connections: int = _setting(256, _number(int, 1, 10_000), "connections at once (default: 256)", "--max-connections N")
+    request_timeout: float = _setting(10.0, _number(float, 0.1, 3600), "seconds for a request (default: 10)", "--request-timeout SECONDS")
+    behind_proxy: bool = _setting(False, _boolean, "speak plain HTTP, to a proxy that ends TLS", "--behind-proxy")
+
+    @cached_property
+    def credentials(self) -> tuple[Credential, ...]:
+        """The credentials that a token may match, the present one first; raise SettingsError where one is missing or a placeholder."""
+        for name in ("api_key", "api_secret", "api_key_previous", "api_secret_previous"):
+            if getattr(self, name) in PLACEHOLDERS:
+                raise SettingsError(f"SKYPE_{name.upper()} is still the placeholder of example.env; paste yours from the API settings page")
+        for name in ("api_key", "api_secret"):
+            if not getattr(self, name):
+                raise SettingsError(f"SKYPE_{name.upper()} is not set; put it into .env (see example.env) or into the environment")
+        if self.api_key_previous and not self.api_secret_previous:
+            raise SettingsError("SKYPE_API_KEY_PREVIOUS is set without SKYPE_API_SECRET_PREVIOUS; set both, or the secret alone")
+        present = Credential(self.api_key, self.api_secret.encode("utf-8", "surrogateescape"))  # as the environment has it
+        if not self.api_secret_previous:
+            return (present,)
+        return present, Credential(self.api_key_previous or self.api_key, self.api_secret_previous.encode("utf-8", "surrogateescape"))
+
+
+SECRETS = ("SKYPE_API_SECRET", "SKYPE_API_SECRET_PREVIOUS")
+SETTINGS = {f"SKYPE_{field.name.upper()}": field for field in dataclasses.fields(Settings)}
+NAMES = {*SETTINGS, *(f"{name}_FILE" for name in SECRETS)}
+_ENV_LINE = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)=\s*(?:\"(.*)\"|'(.*)'|(.*?))\s*")
+
+
+def read_env_file(path: str | None) -> dict[str, str]:
+    """Return the settings in an env file; `None` means `.env`, if there is one. Raise SettingsError."""
+    name = path or ".env"
+    try:
+        text, status = pathlib.Path(name).read_text("utf-8-sig"), os.stat(name)
+    except FileNotFoundError:
+        if path is None:
+            return {}
+        raise SettingsError(f"--env-file {path}: there is no such file") from None
+    except (OSError, UnicodeError) as error:
+        raise SettingsError(f"env file {name}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
+    # A file of root's that we read by our group (0640) is well kept; of our own, the group has nothing to read.
+    if os.name == "posix" and status.st_mode & (stat.S_IROTH | (stat.S_IRGRP if status.st_uid == os.geteuid() else 0)):
+        tell(f"warning: {name} can be read by other users of this machine; chmod 600 {name}")
+    values = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            match = _ENV_LINE.fullmatch(line)
+            if not match or "\0" in line:
+                raise SettingsError(f"{name} line {number} is not NAME=value{', it holds a NUL' if match else ''}")
+            values[match[1]] = match[2] or match[3] or match[4] or ""
+            if match[1].startswith("SKYPE_") and match[1] not in NAMES:
+                tell(f"warning: {name} line {number}: there is no setting {match[1]}")
+    return values
+
+
+def _look_up(name: str, source: Mapping[str, str]) -> str:
+    """Return a setting's text from environment or env file, "" where it is not set; raise SettingsError."""
+    text, path = source.get(name, ""), source.get(f"{name}_FILE", "") if name in SECRETS else ""
+    if text and path:
+        raise SettingsError(f"{name} and {name}_FILE are both set; keep one")
+    if path:
+        try:
+            text = pathlib.Path(path).read_text("utf-8").rstrip("\r\n")
+        except (OSError, UnicodeError) as error:
+            raise SettingsError(f"{name}_FILE {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
+        if not text:
+            raise SettingsError(f"{name}_FILE {path}: it is empty")
+    return text
+
+
+def load_settings(options: argparse.Namespace) -> Settings:
+    """Return the settings: a flag wins over the environment, that over the env file; an empty text is not set. Raise SettingsError."""
+    env_file = read_env_file(options.env_file)
+    values: dict[str, Any] = {}
+    for name, field in SETTINGS.items():
+        value = getattr(options, field.name, None)
+        if value in (None, ""):  # no flag
+            try:
+                text = _look_up(name, os.environ) or _look_up(name, env_file)
+                value = field.metadata["parse"](text) if text else field.default
+            except argparse.ArgumentTypeError as error:
+                raise SettingsError(f"{name} ({field.metadata['flag']}): {error}") from None
+        values[field.name] = value
+    return Settings(**values)
+
+
+def load_serving(options: argparse.Namespace) -> Settings:
+    """Return the settings of a receiver, with all that it needs; raise SettingsError."""
+    settings = load_settings(options)
+    if settings.behind_proxy:
+        if settings.tls_cert or settings.tls_key:
+            raise SettingsError("--behind-proxy speaks plain HTTP; leave --cert and --key to the proxy")
+        settings = dataclasses.replace(settings, host=settings.host or "127.0.0.1")
+    elif not (settings.tls_cert and settings.tls_key):
+        missing = "--key" if settings.tls_cert else "--cert"
+        raise SettingsError(f"{missing} is missing; HTTPS needs --cert and --key (or --behind-proxy; or try: demo)")
+    _ = settings.credentials  # here, so that a missing one ends the start
+    return settings
+
+
 # --- JSON, strictly: pure ---
 
 
@@ -414,11 +597,6 @@ _LINE_START = b'{"specversion":"1.0","id":"'
 _ID = slice(len(_LINE_START), len(_LINE_START) + 64)
 
 
-@lru_cache(maxsize=2)  # only the first event of a second pays
-def _format_second(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, timezone.utc).isoformat()[:19]
-
-
 def format_line(event: Event, body: bytes, recorded: float, event_id: str | None = None) -> bytes:
     """Return the event's line: one CloudEvents 1.0 event in JSON, UTF-8, ended by one newline.
 
@@ -437,36 +615,103 @@ def format_line(event: Event, body: bytes, recorded: float, event_id: str | None
     return b"".join((_LINE_START[:-1], head.encode(), data, b"}\n"))
 
 
-# --- The operator's line: stderr only ---
+# --- HTTP, strictly: pure (a head in, as Latin-1, its parts or Rejected out) ---
+
+_TOKEN_CHARS = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_REQUEST_LINE = re.compile(rf"({_TOKEN_CHARS}) ([!-~]+) HTTP/([0-9])\.([0-9])")
+_FIELD_LINE = re.compile(_TOKEN_CHARS + r":[\t -~\x80-\xff]*")  # no space before the colon, no fold, no bare CR, LF or NUL
+_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+;=-]*)(?::[0-9]*)?")
+_ABSOLUTE = re.compile(r"\Ahttps?://[^/?#]+", re.IGNORECASE)
+_QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
+_EXTENSION = rf"[ \t]*;[ \t]*{_TOKEN_CHARS}(?:[ \t]*=[ \t]*(?:{_TOKEN_CHARS}|{_QUOTED}))?"
+_CHUNK_LINE = re.compile(f"([0-9A-Fa-f]+)(?:{_EXTENSION})*")
+_BARE = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|\x00")
+CHUNKED = -1
 
 
-def printable(text: str) -> str:
-    """Return `text` with all that could move a cursor or hide text (controls, bidi marks) escaped."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+class Head(NamedTuple):
+    """A request head: `length` of the body in bytes, CHUNKED, or None where none was announced."""
+
+    method: str
+    path: str
+    query: str
+    minor: int
+    fields: dict[str, str]
+    length: int | None
+
+    def persistent(self) -> bool:
+        """Tell whether the sender wants to keep the connection (RFC 9112 section 9.3)."""
+        options = [option.strip() for option in self.fields.get("connection", "").lower().split(",")]
+        return "close" not in options and (self.minor > 0 or "keep-alive" in options)
 
 
-def stamp(message: str) -> str:
-    """Return the operator's line for `message`, as of now (UTC, to the millisecond)."""
-    now = time.time()
-    return f"{_format_second(int(now))}.{int(now * 1000) % 1000:03d}Z {printable(message)}\n"
+def _parse_fields(lines: list[str]) -> dict[str, str]:
+    """Return field values by lower-case name. Repeated ones are joined by ", " (RFC 9110 section 5.3); a field that may stand
+    only once refuses that in the check of its value."""
+    if len(lines) > FIELD_LIMIT:
+        raise Rejected(431, f"there are more than {FIELD_LIMIT} header fields")
+    fields: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        if not _FIELD_LINE.fullmatch(line):
+            raise Rejected(400, f"header line {number} is not a field (RFC 9112 section 5)")
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    return fields
 
 
-def write_lines(lines: Sequence[str]) -> None:
-    """Write lines to stderr by one write. If it is closed, full or not read, they are lost: no event and no stop waits for it."""
-    with contextlib.suppress(OSError):
-        if os.name != "posix" or select.select((), (2,), (), STDERR_SECONDS)[1]:
-            os.write(2, "".join(lines).encode("utf-8", "backslashreplace"))
+def _body_length(fields: dict[str, str], minor: int) -> int | None:
+    """Return the length of the body (RFC 9112 section 6.3), as in `Head`; raise Rejected where two readings are possible."""
+    coding, length = fields.get("transfer-encoding"), fields.get("content-length")
+    if coding is not None:
+        if length is not None:
+            raise Rejected(400, "Content-Length and Transfer-Encoding stand together")
+        if minor == 0:
+            raise Rejected(400, "HTTP/1.0 has no Transfer-Encoding")
+        if coding.lower() != "chunked":
+            raise Rejected(501, "the only transfer coding known here is one chunked")
+        return CHUNKED
+    if length is None:
+        return None
+    if not (length.isascii() and length.isdigit()):  # int() would take 1_0 and +5
+        raise Rejected(400, "Content-Length is not one decimal number")
+    return int(min(float(length), 2**53))  # int() raises on very many digits
 
 
-def tell(message: str) -> None:
-    """Write one line to stderr now; the lines of deliveries go by `Receiver.reports`."""
-    write_lines([stamp(message)])
+def _parse_request_line(line: str) -> tuple[str, str, str, int]:
+    """Return method, path, query and minor version (RFC 9112 section 3)."""
+    words = line.split(" ")
+    if len(words) > 1 and len(words[1]) > TARGET_LIMIT:
+        raise Rejected(414, f"the request target is longer than {TARGET_LIMIT} bytes")
+    match = _REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise Rejected(400, "the request line is not METHOD SP target SP HTTP/1.1 (RFC 9112 section 3)")
+    method, target, major, minor = match.groups()
+    if major != "1":
+        raise Rejected(505 if major >= "2" else 400, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+    path, _, query = _ABSOLUTE.sub("", target).partition("?")
+    return method, path or "/", query, int(minor)
 
 
-def tell_fault(error: BaseException, who: str) -> None:
-    """Tell of a fault of ours. Its text could hold anything, so only its kind and place are told."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    tell(f"{who} fault {type(error).__name__} in {place.name}, line {place.lineno}: please report it")
+def parse_head(text: str) -> Head:
+    """Parse a request head, without the CRLF of its last line and the empty line (RFC 9112); raise Rejected."""
+    lines = text.split("\r\n")
+    method, path, query, minor = _parse_request_line(lines[0])
+    fields = _parse_fields(lines[1:])
+    if minor and "host" not in fields or not _HOST.fullmatch(fields.get("host", "")):
+        raise Rejected(400, "exactly one valid Host field is needed (RFC 9112 section 3.2)")
+    length = _body_length(fields, minor)
+    if fields.get("expect", "100-continue").lower() != "100-continue":
+        raise Rejected(417, "the only expectation known here is 100-continue")
+    return Head(method, path, query, minor, fields, length)
+
+
+def parse_chunk_size(line: str) -> int:
+    """Return the size in a chunk's first line, given without its CRLF (RFC 9112 section 7.1); raise Rejected."""
+    match = _CHUNK_LINE.fullmatch(line)
+    if not match:
+        raise Rejected(400, "a chunk does not begin with its size in hex (RFC 9112 section 7.1)")
+    return int(match[1], 16)
 
 
 # --- The journal: disk only ---
@@ -799,105 +1044,6 @@ class Journal:
         if self._appender >= 0:
             os.close(self._appender)
             self._appender = -1
-
-
-# --- HTTP, strictly: pure (a head in, as Latin-1, its parts or Rejected out) ---
-
-_TOKEN_CHARS = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_REQUEST_LINE = re.compile(rf"({_TOKEN_CHARS}) ([!-~]+) HTTP/([0-9])\.([0-9])")
-_FIELD_LINE = re.compile(_TOKEN_CHARS + r":[\t -~\x80-\xff]*")  # no space before the colon, no fold, no bare CR, LF or NUL
-_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+;=-]*)(?::[0-9]*)?")
-_ABSOLUTE = re.compile(r"\Ahttps?://[^/?#]+", re.IGNORECASE)
-_QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
-_EXTENSION = rf"[ \t]*;[ \t]*{_TOKEN_CHARS}(?:[ \t]*=[ \t]*(?:{_TOKEN_CHARS}|{_QUOTED}))?"
-_CHUNK_LINE = re.compile(f"([0-9A-Fa-f]+)(?:{_EXTENSION})*")
-_BARE = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|\x00")
-CHUNKED = -1
-
-
-class Head(NamedTuple):
-    """A request head: `length` of the body in bytes, CHUNKED, or None where none was announced."""
-
-    method: str
-    path: str
-    query: str
-    minor: int
-    fields: dict[str, str]
-    length: int | None
-
-    def persistent(self) -> bool:
-        """Tell whether the sender wants to keep the connection (RFC 9112 section 9.3)."""
-        options = [option.strip() for option in self.fields.get("connection", "").lower().split(",")]
-        return "close" not in options and (self.minor > 0 or "keep-alive" in options)
-
-
-def _parse_fields(lines: list[str]) -> dict[str, str]:
-    """Return field values by lower-case name. Repeated ones are joined by ", " (RFC 9110 section 5.3); a field that may stand
-    only once refuses that in the check of its value."""
-    if len(lines) > FIELD_LIMIT:
-        raise Rejected(431, f"there are more than {FIELD_LIMIT} header fields")
-    fields: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
-        if not _FIELD_LINE.fullmatch(line):
-            raise Rejected(400, f"header line {number} is not a field (RFC 9112 section 5)")
-        name, _, value = line.partition(":")
-        name, value = name.lower(), value.strip(" \t")
-        fields[name] = f"{fields[name]}, {value}" if name in fields else value
-    return fields
-
-
-def _body_length(fields: dict[str, str], minor: int) -> int | None:
-    """Return the length of the body (RFC 9112 section 6.3), as in `Head`; raise Rejected where two readings are possible."""
-    coding, length = fields.get("transfer-encoding"), fields.get("content-length")
-    if coding is not None:
-        if length is not None:
-            raise Rejected(400, "Content-Length and Transfer-Encoding stand together")
-        if minor == 0:
-            raise Rejected(400, "HTTP/1.0 has no Transfer-Encoding")
-        if coding.lower() != "chunked":
-            raise Rejected(501, "the only transfer coding known here is one chunked")
-        return CHUNKED
-    if length is None:
-        return None
-    if not (length.isascii() and length.isdigit()):  # int() would take 1_0 and +5
-        raise Rejected(400, "Content-Length is not one decimal number")
-    return int(min(float(length), 2**53))  # int() raises on very many digits
-
-
-def _parse_request_line(line: str) -> tuple[str, str, str, int]:
-    """Return method, path, query and minor version (RFC 9112 section 3)."""
-    words = line.split(" ")
-    if len(words) > 1 and len(words[1]) > TARGET_LIMIT:
-        raise Rejected(414, f"the request target is longer than {TARGET_LIMIT} bytes")
-    match = _REQUEST_LINE.fullmatch(line)
-    if not match:
-        raise Rejected(400, "the request line is not METHOD SP target SP HTTP/1.1 (RFC 9112 section 3)")
-    method, target, major, minor = match.groups()
-    if major != "1":
-        raise Rejected(505 if major >= "2" else 400, "only HTTP/1.1 and HTTP/1.0 are spoken here")
-    path, _, query = _ABSOLUTE.sub("", target).partition("?")
-    return method, path or "/", query, int(minor)
-
-
-def parse_head(text: str) -> Head:
-    """Parse a request head, without the CRLF of its last line and the empty line (RFC 9112); raise Rejected."""
-    lines = text.split("\r\n")
-    method, path, query, minor = _parse_request_line(lines[0])
-    fields = _parse_fields(lines[1:])
-    if minor and "host" not in fields or not _HOST.fullmatch(fields.get("host", "")):
-        raise Rejected(400, "exactly one valid Host field is needed (RFC 9112 section 3.2)")
-    length = _body_length(fields, minor)
-    if fields.get("expect", "100-continue").lower() != "100-continue":
-        raise Rejected(417, "the only expectation known here is 100-continue")
-    return Head(method, path, query, minor, fields, length)
-
-
-def parse_chunk_size(line: str) -> int:
-    """Return the size in a chunk's first line, given without its CRLF (RFC 9112 section 7.1); raise Rejected."""
-    match = _CHUNK_LINE.fullmatch(line)
-    if not match:
-        raise Rejected(400, "a chunk does not begin with its size in hex (RFC 9112 section 7.1)")
-    return int(match[1], 16)
 
 
 # --- One connection: its socket, its answers, and the handler of its requests ---
@@ -1272,6 +1418,214 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.report(outcome, stamp(f"{self.peer} {outcome} {what} {(time.monotonic() - self.started) * 1000:.1f} ms"))
 
 
+# --- The live view: one page, and the log as an event stream for those who know the password ---
+
+
+def _open_log(path: str) -> io.FileIO | None:
+    """Open a log to read, if it is there; a pipe of that name would keep us waiting."""
+    try:
+        return io.FileIO(path) if os.path.isfile(path) else None
+    except OSError:
+        return None
+
+
+def _mark(file: io.FileIO | None) -> str:
+    """Return what a log is known by, whatever its name: a hash of how its first event begins, id included; "" if it has none yet."""
+    start = file.read(_ID.stop) if file and file.seek(0) == 0 else b""
+    return hashlib.sha256(start).hexdigest()[:32] if len(start) == _ID.stop else ""
+
+
+class Tail:
+    """The log as a reader follows it: whole lines only, each once, over rotation, copytruncate and removal.
+
+    `files` is a queue: the one that is read, from `offset` on, then those that follow it. How a rotation is noticed: the
+    journal never writes to a file again once it has written to the next. So as soon as another file at the path holds an
+    event it is queued, and the one before is complete. Until then, a missing or empty file at the path means nothing.
+
+    How a truncation is noticed: the file at the path is the one that is read, but its `mark` is another. What was not read
+    of it before is gone, and it is read from its start.
+
+    A reader that was away comes back by mark and offset. A rotated file keeps its mark under its new name.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path, self.offset = path, 0
+        self.files = [file] if (file := _open_log(path)) else []
+        self.mark = _mark(file)
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+    def size(self) -> int:
+        """Return the length in bytes of the file that is read."""
+        return self.files[0].seek(0, os.SEEK_END) if self.files else 0
+
+    def go_back_to(self, mark: str) -> bool:
+        """Begin with the file of this mark, and queue those that were rotated after it; return whether it is still here."""
+        with contextlib.suppress(OSError):  # one has just been removed
+            names = sorted(glob.glob(glob.escape(self.path) + "?*"), key=os.path.getmtime) if mark != self.mark else []
+            rotated = [file for name in names if (file := _open_log(name))]
+            while rotated and _mark(rotated[0]) != mark:
+                rotated.pop(0).close()
+            if rotated:
+                self.files[:0], self.mark = rotated, mark
+        return mark == self.mark
+
+    def read(self, partly: bool = False) -> bytes:
+        """Return the next whole lines of this file, b"" if there are none yet; of a torn one nothing, but `partly`: it may be blanked."""
+        if not self.files:
+            return b""
+        file, length = self.files[0], VIEW_BYTES
+        while True:
+            file.seek(self.offset)
+            data = file.read(length)
+            if b"\n" in data or len(data) < length:
+                break
+            length *= 2  # a longer line
+        end = len(data) if partly else data.rfind(b"\n") + 1
+        self.offset += end
+        return data[:end]
+
+    def _look(self) -> None:
+        """Notice a rotation or a truncation."""
+        now = _open_log(self.path)
+        if now and _mark(now) and not (self.files and os.path.sameopenfile(now.fileno(), self.files[-1].fileno())):
+            self.files.append(now)
+        elif now:
+            now.close()
+        mark = _mark(self.files[0]) if self.files else ""
+        if mark not in ("", self.mark):
+            self.offset, self.mark = 0, mark
+
+    def read_on(self) -> bytes:
+        """Return the next whole lines, of the next file where this one is done with; b"" if there are none yet."""
+        self._look()  # before reading: what is read of a complete file then is all of it
+        lines = self.read()
+        if not lines and len(self.files) > 1:
+            self.files.pop(0).close()
+            self.offset, self.mark = 0, _mark(self.files[0])
+            lines = self.read()
+        return lines
+
+
+def check_password(handler: Handler, head: Head) -> None:
+    """Let a viewer in by HTTP Basic (RFC 7617), by any user name; raise Rejected.
+
+    An address that had its share of wrong ones in this minute is refused unread, else guessing would go on at full speed.
+    """
+    # The peer is host:port, or what the proxy named, without a port.
+    address = handler.peer.rpartition(":")[0] if handler.peer == handler.request.peer else handler.peer
+    wrong, minute = handler.server.wrong, int(time.monotonic() // 60)
+    if wrong[address, minute] >= WRONG_PASSWORDS:
+        raise Rejected(429, "there were too many wrong passwords; wait a minute", ("Retry-After", "60"))
+    challenge = ("WWW-Authenticate", 'Basic realm="skype_webhook", charset="UTF-8"')
+    scheme, _, text = head.fields.get("authorization", "").partition(" ")
+    if scheme.lower() != "basic":
+        raise Rejected(401, "the live view asks for its password", challenge)
+    given = b""
+    with contextlib.suppress(ValueError):
+        given = base64.b64decode(text.strip(" "), validate=True).partition(b":")[2]
+    if not hmac.compare_digest(given, handler.server.settings.view_password.encode("utf-8", "surrogateescape")):
+        if len(wrong) > WRONG_ADDRESSES:
+            wrong.clear()
+        wrong[address, minute] += 1
+        raise Rejected(401, "that is not the password of the live view", challenge)
+
+
+VIEW_FIELDS = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"))
+
+
+@contextlib.contextmanager
+def viewer_place(handler: Handler) -> Iterator[None]:
+    """Move a connection from the senders' places to one of the viewers'; raise Rejected if there is none."""
+    link, server = handler.request, handler.server
+    with server.changed:
+        if link.is_cut:
+            raise ConnectionAbortedError("its place was taken")
+        if len(server.viewers) >= VIEWERS:
+            raise Rejected(503, f"there are {VIEWERS} viewers, and no more places", ("Retry-After", "10"))
+        server.connections.discard(link)
+        server.viewers.add(link)
+        server.changed.notify_all()
+    handler.close_connection = True
+    try:
+        for name, value in (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 2), ("TCP_USER_TIMEOUT", 8000)):
+            if hasattr(socket, name):  # so that a machine which fell asleep is noticed within ten seconds
+                link.socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        link.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        yield
+    finally:
+        with server.changed:
+            server.viewers.discard(link)
+
+
+def has_gone(viewer: Connection) -> bool:
+    """Tell, without waiting, whether the viewer has closed its side; what else it sends is dropped."""
+    viewer.socket.settimeout(0)
+    try:
+        return not viewer.receive()
+    except BlockingIOError:
+        return viewer.answering  # what TLS had to say was not taken, and is lost
+
+
+def format_frames(lines: bytes, start: int) -> bytes:
+    """Return whole lines, the first of which begins at the offset `start`, as server-sent events, without blank and foreign ones."""
+    frames, end = [], start
+    for line in lines.split(b"\n")[:-1]:
+        end += len(line) + 1
+        if line.startswith(_LINE_START) and b"\r" not in line:
+            frames.append(b"id: %d\ndata: %b\n\n" % (end, line))
+    return b"".join(frames)
+
+
+def stream_events(handler: Handler, tail: Tail, is_page: bool) -> None:
+    """Send events as they come, until the viewer goes, the server stops or the password changes; raise OSError if they are not taken."""
+    link, server, password = handler.request, handler.server, handler.server.settings.view_password
+    told: str | None = None
+    beat = time.monotonic()
+    while not (link.is_cut or server.stopping or has_gone(link) or server.settings.view_password != password):
+        lines = tail.read_on()
+        start = tail.offset - len(lines)
+        data = format_frames(lines, start)
+        if is_page and told != tail.mark:
+            told = tail.mark
+            data = b'event: log\ndata: {"log":"%b","at":%d}\n\n%b' % (told.encode(), start, data)
+        if time.monotonic() - beat >= HEARTBEAT_SECONDS:
+            beat, told = beat + HEARTBEAT_SECONDS, None  # the page hears no comment: it is told its place once more
+            data += b": heartbeat\n\n"
+        link.socket.settimeout(server.settings.request_timeout)
+        link.send(data)
+        time.sleep(VIEW_PAUSE)  # so sixteen viewers leave the senders their share of the processor
+
+
+def show_events(handler: Handler, head: Head) -> None:
+    """GET /events: the log as server-sent events, each a line, whose id is the offset of its end.
+
+    `?log=` is for the page: it is also told by `log` events which file it reads, and from where. By the file's mark and an
+    offset, `?log=...&after=...`, it goes on in that file, wherever that was rotated to in the meantime.
+    """
+    check_password(handler, head)
+    query = dict(urllib.parse.parse_qsl(head.query, keep_blank_values=True))
+    mark, last = query.get("log"), query.get("after") or head.fields.get("last-event-id", "")
+    with viewer_place(handler), contextlib.closing(Tail(handler.server.settings.log)) as tail:
+        if not re.fullmatch(r"[0-9]{1,18}", last):
+            tail.offset = max(0, tail.size() - VIEW_BYTES)
+        elif (not mark or tail.go_back_to(mark)) and int(last) <= tail.size():
+            tail.offset = int(last)  # else its file has gone, and all of the present one is new
+        fields = [*VIEW_FIELDS, ("X-Accel-Buffering", "no"), ("Connection", "close")]
+        handler.request.send(format_head(200, None, "text/event-stream; charset=utf-8", fields))
+        if head.method == "GET":
+            stream_events(handler, tail, mark is not None)
+
+
+def show_page(handler: Handler, head: Head) -> None:
+    """GET /: the page."""
+    check_password(handler, head)
+    page = PAGE.replace("{PATH}", handler.server.settings.path.replace("&", "&amp;"))  # it holds no <: see `_url_path`
+    handler.answer(200, page.encode(), "text/html; charset=utf-8", ("Content-Security-Policy", PAGE_POLICY), *VIEW_FIELDS)
+
+
 # --- The server: sockets, TLS, threads, deadlines ---
 
 
@@ -1378,6 +1732,11 @@ def one_is_leaving(links: Sequence[Connection]) -> bool:
     return bool(ends.poll(0))
 
 
+def load_certificate(settings: Settings) -> Certificate | None:
+    """Return the certificate, None where a proxy has it; raise SettingsError."""
+    return None if settings.behind_proxy else Certificate(settings.tls_cert, settings.tls_key)
+
+
 class Receiver(socketserver.BaseServer):
     """Accepts connections and serves each in a thread of a bounded pool.
 
@@ -1422,7 +1781,6 @@ class Receiver(socketserver.BaseServer):
 
     def adopt(self, settings: Settings, certificate: Certificate | None) -> None:
         """Serve the requests to come by these settings, and the connections to come with this certificate."""
-        # show_page and show_events are the live view's, below.
         routes: dict[str, dict[str, Callable[[Handler, Head], None]]] = {
             "/healthz": {"GET": Handler.answer_health, "HEAD": Handler.answer_health}}
         if settings.view_password:
@@ -1671,206 +2029,513 @@ def notify(state: str) -> None:
             tell(f"warning: NOTIFY_SOCKET {path}: {error.strerror}; systemd was not told {state.partition(chr(10))[0]}")
 
 
-# --- The live view: one page, and the log as an event stream for those who know the password ---
+# --- The sender: what Skype Interviews does, for trying things out ---
 
 
-def _open_log(path: str) -> io.FileIO | None:
-    """Open a log to read, if it is there; a pipe of that name would keep us waiting."""
+def sample_event(stage: str, interview: str, now: float) -> bytes:
+    """Return an event like the documented one, with another stage, interview and time (Unix seconds)."""
+    when = datetime.fromtimestamp(now, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%f")
+    metadata = "2000 - Pending interviewer time selection" if stage == "SchedulingTime" else STAGES.get(stage, "")
+    return json.dumps({"previousStage": {"value": "InterviewCreated", "metadata": "1 - Interview was created"},
+                       "currentStage": {"value": stage, "metadata": metadata},
+                       "event": "State", "timestamp": f"{when}0Z", "interviewCode": interview}).encode()
+
+
+class Sender:
+    """Delivers events to one URL over one kept connection."""
+
+    def __init__(self, url: str, credential: Credential, context: ssl.SSLContext) -> None:
+        try:
+            parts = urllib.parse.urlsplit(url)
+            if parts.scheme not in ("https", "http") or not parts.hostname or parts.port == 0 or not re.fullmatch("[!-~]+", url):
+                raise ValueError(url)
+        except ValueError:  # an odd port or address, too
+            raise SettingsError(f"{url} is not a URL like https://host:8443/") from None
+        self.target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        self.credential = credential
+        self.connection = (http.client.HTTPSConnection(parts.hostname, parts.port, timeout=30, context=context)
+                           if parts.scheme == "https" else http.client.HTTPConnection(parts.hostname, parts.port, timeout=30))
+
+    def deliver(self, body: bytes) -> tuple[int, dict[str, Any]]:
+        """Return the answer's status and JSON object; raise OSError or http.client.HTTPException."""
+        self.connection.request("POST", self.target, body, {"Authorization": f"Bearer {sign(body, self.credential, time.time())}",
+                                                            "Content-Type": "application/json; charset=utf-8"})
+        answer = self.connection.getresponse()
+        content = answer.read()
+        try:
+            return answer.status, _decode_object(content, _JSON)
+        except ValueError:
+            return answer.status, {"detail": content.decode("utf-8", "replace")[:200]}
+
+
+class Tally:
+    """What became of many deliveries: milliseconds of each that was taken, the last answer, the last trouble."""
+
+    def __init__(self) -> None:
+        self.taken: list[float] = []
+        self.refused = 0
+        self.last: dict[str, Any] = {}
+        self.trouble = ""
+
+    def add(self, status: int, answer: dict[str, Any], milliseconds: float) -> None:
+        if status == 200:
+            self.taken.append(milliseconds)
+            self.last = answer
+        else:
+            self.fail(f"refused: {status} {_REASONS.get(status, '')}: {answer.get('detail', '')}")
+
+    def fail(self, trouble: str) -> None:
+        self.refused += 1
+        self.trouble = trouble
+
+    def describe(self, seconds: float, busy: float) -> str:
+        """Return rate and latency; `busy` is the CPU time that this process took, in seconds. Its threads share the interpreter
+        lock, and so do not keep a whole processor busy."""
+        times = sorted(self.taken) or [math.nan]
+        limit = "; the sender itself was the limit, the receiver can take more" if busy > 0.6 * seconds else ""
+        return (f"{len(self.taken)} delivered, {self.refused} refused in {seconds:.2f} s: {len(self.taken) / seconds:.0f}/s, "
+                f"p50 {times[len(times) // 2]:.2f} ms, p99 {times[len(times) * 99 // 100]:.2f} ms{limit}")
+
+
+def _connect_trouble(error: Exception) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted here ({error.verify_message}); name it by --ca cert.pem, or use --insecure"
+    return f"{_why(error) or type(error).__name__}; is the receiver running there?"
+
+
+def deliver_turns(sender: Sender, turns: Iterator[int], body: Callable[[], bytes], tally: Tally) -> None:
+    """Deliver over one connection, until the `turns` that other threads take from too are used up."""
+    for _ in turns:
+        begun = time.perf_counter()
+        try:
+            status, answer = sender.deliver(body())
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            tally.fail(f"not delivered: {_connect_trouble(error)}")
+            return
+        tally.add(status, answer, (time.perf_counter() - begun) * 1000)
+
+
+def deliver_concurrently(senders: Sequence[Sender], count: int, body: Callable[[], bytes]) -> Tally:
+    """Deliver `count` events, each sender in a thread of its own, with a line of progress on a terminal."""
+    tally, turns = Tally(), iter(range(count))
+    threads = [threading.Thread(target=deliver_turns, args=(sender, turns, body, tally), daemon=True) for sender in senders]
+    for thread in threads:
+        thread.start()
     try:
-        return io.FileIO(path) if os.path.isfile(path) else None
-    except OSError:
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.5)
+                if count > 1 and sys.stderr.isatty():
+                    sys.stderr.write(f"\r{len(tally.taken)} of {count} delivered \r")
+    except KeyboardInterrupt:
+        tally.fail("interrupted")
+    return tally
+
+
+# --- The timeline: the log in, each interview's course out ---
+
+_COLOURS = {"Failed": "31", "Canceled": "90", "Archived": "90", "Completed": "32"}  # SGR, by how a stage's name ends
+# A million lines take JSON twelve seconds. One just like the documented event's is taken apart by a match, the rest by
+# JSON. @ is a string that is wanted, ~ another, both without escapes, # a time, and a space stands for any number of them.
+_PLAIN_LINE = re.compile((
+    r'\{"specversion":"1\.0","id":@,"source":~,"type":~,"subject":@,"time":#,"recordedtime":#,"datacontenttype":~,"data":'
+    r'\{ "previousStage": \{ "value": @ , "metadata": ~ \} , "currentStage": \{ "value": @ , "metadata": ~ \} , "event": ~ , '
+    r'"timestamp": ~ , "interviewCode": ~ \}\}').replace(" ", " *").replace("~", '"[^"\\\\\0-\x1f]*"').replace("@", '"([^"\\\\\0-\x1f]*)"')
+    .replace("#", r'"([0-9-]{10}T[0-9:]{5}):([0-5][0-9]\.[0-9]{6,7})Z"'))
+StagePair = tuple[Optional[str], Optional[str]]  # previous and current
+
+
+def _ticks(minute: str, seconds: str) -> int:
+    """Return the ticks of a minute as text and of seconds like 07.1234567."""
+    return _parse_minute(minute) * 60 * TICKS + int(seconds.replace(".", "").ljust(9, "0"))
+
+
+def parse_line(text: str) -> tuple[str, str, int, int, StagePair]:
+    """Return id, interview, time and recordedtime (in ticks since 1970), and stages of one line; raise ValueError, or what
+    JSON of another shape leads to."""
+    if match := _PLAIN_LINE.fullmatch(text):
+        event_id, code, minute, seconds, its_minute, its_seconds, previous, stage = match.groups()
+        return event_id, code, _ticks(minute, seconds), _ticks(its_minute, its_seconds), (previous, stage)
+    event = _JSON.decode(text)
+    body = event["data"] if "data" in event else _JSON.decode(base64.b64decode(event["data_base64"]).decode())
+    event_id, code, recorded = event["id"], event.get("subject", "-"), event["recordedtime"]
+    if not (isinstance(event_id, str) and isinstance(code, str)):
+        raise ValueError("id and subject are text")
+    return (event_id, code, parse_time(event.get("time", recorded)), parse_time(recorded),
+            (_stage(body, "previousStage", []), _stage(body, "currentStage", [])))
+
+
+class Step(NamedTuple):
+    """One event in an interview's course."""
+
+    time: int               # in ticks since 1970
+    stage: str | None
+    previous: str | None
+    seconds: float | None   # until the next one
+    gap: bool               # its previousStage is not the stage before it
+    late: bool              # it arrived after an event of a later time
+
+
+class Course:
+    """The events of all interviews: four numbers each, in one array an interview, so that a million take 40 MB."""
+
+    def __init__(self) -> None:
+        self.events: defaultdict[str, array[int]] = defaultdict(lambda: array("q"))  # by interview
+        self.stages: list[StagePair] = []  # each pair once
+        self.numbers: dict[StagePair, int] = {}  # its place there
+        self.skipped = {"blank": 0, "foreign": 0}
+
+    def add(self, line: bytes, only: str | None) -> str | None:
+        """Add one line of a log; return the interview's code, or None if it was skipped."""
+        try:
+            event_id, code, when, recorded, stages = parse_line(line.decode())
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            self.skipped["foreign" if line.strip() else "blank"] += 1
+            return None
+        if only is not None and only != code:
+            return None
+        number = self.numbers.setdefault(stages, len(self.stages))
+        if number == len(self.stages):
+            self.stages.append(stages)
+        self.events[code].extend((when, recorded, hash(event_id), number))
+        return code
+
+    def steps(self, code: str) -> list[Step]:
+        """Return an interview's course, each event once, in the order of its own time."""
+        rows: dict[int, tuple[int, ...]] = {}
+        for row in sorted(zip(*[iter(self.events[code])] * 4)):  # time, recordedtime, hash of the id, number of the stages
+            rows.setdefault(row[2], row)  # of an event in several logs, its first arrival
+        # Of each event, the earliest arrival of it and those after it; the last event's first.
+        soonest = list(itertools.accumulate((row[1] for row in reversed(rows.values())), min))
+        nexts = [*(row[0] for row in rows.values()), None][1:]
+        steps: list[Step] = []
+        before: str | None = None
+        for (when, recorded, _, number), after in zip(rows.values(), nexts):
+            previous, stage = self.stages[number]
+            seconds = None if after is None else (after - when) / TICKS
+            steps.append(Step(when, stage, previous, seconds, None not in (before, stage) and previous != before, recorded > soonest.pop()))
+            before = stage or before
+        return steps
+
+
+def _clock(ticks: int, zone: timezone | None) -> str | None:
+    """Return a time in a zone (None: the reader's), to the second; None where the platform's calendar does not hold it."""
+    try:
+        return datetime.fromtimestamp(ticks // TICKS, zone).isoformat()[:19]
+    except (ValueError, OverflowError, OSError):
         return None
 
 
-def _mark(file: io.FileIO | None) -> str:
-    """Return what a log is known by, whatever its name: a hash of how its first event begins, id included; "" if it has none yet."""
-    start = file.read(_ID.stop) if file and file.seek(0) == 0 else b""
-    return hashlib.sha256(start).hexdigest()[:32] if len(start) == _ID.stop else ""
+def _duration(seconds: float) -> str:
+    """Return a length of time by its largest unit and the next one."""
+    for size, unit, part, its_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if seconds >= size:
+            rest = int(seconds % size // part)
+            return f"{int(seconds // size)} {unit}" + (f" {rest} {its_unit}" if rest else "")
+    return f"{int(seconds)} s" if seconds >= 1 else "under 1 s"
 
 
-class Tail:
-    """The log as a reader follows it: whole lines only, each once, over rotation, copytruncate and removal.
-
-    `files` is a queue: the one that is read, from `offset` on, then those that follow it. How a rotation is noticed: the
-    journal never writes to a file again once it has written to the next. So as soon as another file at the path holds an
-    event it is queued, and the one before is complete. Until then, a missing or empty file at the path means nothing.
-
-    How a truncation is noticed: the file at the path is the one that is read, but its `mark` is another. What was not read
-    of it before is gone, and it is read from its start.
-
-    A reader that was away comes back by mark and offset. A rotated file keeps its mark under its new name.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path, self.offset = path, 0
-        self.files = [file] if (file := _open_log(path)) else []
-        self.mark = _mark(file)
-
-    def close(self) -> None:
-        for file in self.files:
-            file.close()
-
-    def size(self) -> int:
-        """Return the length in bytes of the file that is read."""
-        return self.files[0].seek(0, os.SEEK_END) if self.files else 0
-
-    def go_back_to(self, mark: str) -> bool:
-        """Begin with the file of this mark, and queue those that were rotated after it; return whether it is still here."""
-        with contextlib.suppress(OSError):  # one has just been removed
-            names = sorted(glob.glob(glob.escape(self.path) + "?*"), key=os.path.getmtime) if mark != self.mark else []
-            rotated = [file for name in names if (file := _open_log(name))]
-            while rotated and _mark(rotated[0]) != mark:
-                rotated.pop(0).close()
-            if rotated:
-                self.files[:0], self.mark = rotated, mark
-        return mark == self.mark
-
-    def read(self, partly: bool = False) -> bytes:
-        """Return the next whole lines of this file, b"" if there are none yet; of a torn one nothing, but `partly`: it may be blanked."""
-        if not self.files:
-            return b""
-        file, length = self.files[0], VIEW_BYTES
-        while True:
-            file.seek(self.offset)
-            data = file.read(length)
-            if b"\n" in data or len(data) < length:
-                break
-            length *= 2  # a longer line
-        end = len(data) if partly else data.rfind(b"\n") + 1
-        self.offset += end
-        return data[:end]
-
-    def _look(self) -> None:
-        """Notice a rotation or a truncation."""
-        now = _open_log(self.path)
-        if now and _mark(now) and not (self.files and os.path.sameopenfile(now.fileno(), self.files[-1].fileno())):
-            self.files.append(now)
-        elif now:
-            now.close()
-        mark = _mark(self.files[0]) if self.files else ""
-        if mark not in ("", self.mark):
-            self.offset, self.mark = 0, mark
-
-    def read_on(self) -> bytes:
-        """Return the next whole lines, of the next file where this one is done with; b"" if there are none yet."""
-        self._look()  # before reading: what is read of a complete file then is all of it
-        lines = self.read()
-        if not lines and len(self.files) > 1:
-            self.files.pop(0).close()
-            self.offset, self.mark = 0, _mark(self.files[0])
-            lines = self.read()
-        return lines
+def as_json(code: str, steps: Sequence[Step]) -> str:
+    """Return an interview as one JSON object: its present stage, and its events in their own order."""
+    events = []
+    for step in steps:
+        second = _clock(step.time, timezone.utc)
+        members = {**step._asdict(), "time": second and f"{second}.{step.time % TICKS:07d}Z"}
+        events.append({name: value for name, value in members.items() if value is not None and value is not False})
+    return json.dumps({"interview": code, "stage": next((step.stage for step in reversed(steps) if step.stage), None), "events": events})
 
 
-def check_password(handler: Handler, head: Head) -> None:
-    """Let a viewer in by HTTP Basic (RFC 7617), by any user name; raise Rejected.
-
-    An address that had its share of wrong ones in this minute is refused unread, else guessing would go on at full speed.
-    """
-    # The peer is host:port, or what the proxy named, without a port.
-    address = handler.peer.rpartition(":")[0] if handler.peer == handler.request.peer else handler.peer
-    wrong, minute = handler.server.wrong, int(time.monotonic() // 60)
-    if wrong[address, minute] >= WRONG_PASSWORDS:
-        raise Rejected(429, "there were too many wrong passwords; wait a minute", ("Retry-After", "60"))
-    challenge = ("WWW-Authenticate", 'Basic realm="skype_webhook", charset="UTF-8"')
-    scheme, _, text = head.fields.get("authorization", "").partition(" ")
-    if scheme.lower() != "basic":
-        raise Rejected(401, "the live view asks for its password", challenge)
-    given = b""
-    with contextlib.suppress(ValueError):
-        given = base64.b64decode(text.strip(" "), validate=True).partition(b":")[2]
-    if not hmac.compare_digest(given, handler.server.settings.view_password.encode("utf-8", "surrogateescape")):
-        if len(wrong) > WRONG_ADDRESSES:
-            wrong.clear()
-        wrong[address, minute] += 1
-        raise Rejected(401, "that is not the password of the live view", challenge)
+def as_text(code: str, steps: Sequence[Step], width: int | None, colours: bool) -> Iterator[str]:
+    """Yield the lines of an interview; `width` in columns cuts them, None does not."""
+    yield printable(code)[:width]
+    for step in steps:
+        stage, when = printable(step.stage or "-"), (_clock(step.time, None) or "-").replace("T", " ")
+        line = (f"  {when:<19}  {stage:<19}  {'now' if step.seconds is None else f'for {_duration(step.seconds)}'}"
+                + (f"  gap: came from {printable(step.previous or 'no stage')}" if step.gap else "")
+                + ("  late: arrived after a later one" if step.late else ""))[:width]
+        if colours:
+            colour = "33" if step.gap or step.late else next((_COLOURS[end] for end in _COLOURS if stage.endswith(end)), "36")
+            line = f"\x1b[{colour}m{line}\x1b[0m"
+        yield line
 
 
-VIEW_FIELDS = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"))
+def show_changes(course: Course, tails: Sequence[Tail], options: argparse.Namespace) -> None:
+    """Read what is new, and print the whole course of every interview that it concerns."""
+    terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if terminal else None
+    colours = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    lines = (line for tail in tails for part in iter(tail.read_on, b"") for line in part.split(b"\n")[:-1])
+    rests = (rest for tail in tails if not options.follow and (rest := tail.read(partly=True)))
+    changed = {code for line in itertools.chain(lines, rests) if (code := course.add(line, options.interview)) is not None}
+    for code in sorted(changed, key=lambda code: max(course.events[code][0::4])):
+        steps = course.steps(code)
+        print(as_json(code, steps) if options.json else "\n".join([*as_text(code, steps, width, colours), ""]))
+    sys.stdout.flush()
 
 
-@contextlib.contextmanager
-def viewer_place(handler: Handler) -> Iterator[None]:
-    """Move a connection from the senders' places to one of the viewers'; raise Rejected if there is none."""
-    link, server = handler.request, handler.server
-    with server.changed:
-        if link.is_cut:
-            raise ConnectionAbortedError("its place was taken")
-        if len(server.viewers) >= VIEWERS:
-            raise Rejected(503, f"there are {VIEWERS} viewers, and no more places", ("Retry-After", "10"))
-        server.connections.discard(link)
-        server.viewers.add(link)
-        server.changed.notify_all()
-    handler.close_connection = True
+# --- The command line ---
+
+
+def open_journal(path: str) -> Journal:
+    """Return the journal of this log, and tell if it had to be repaired; raise SettingsError."""
     try:
-        for name, value in (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 2), ("TCP_USER_TIMEOUT", 8000)):
-            if hasattr(socket, name):  # so that a machine which fell asleep is noticed within ten seconds
-                link.socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        link.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        yield
+        journal = Journal(path)
+    except JournalError as error:
+        raise SettingsError(f"--log {path}: {error}") from None
+    try:
+        journal.check()
+        if journal.sealed:
+            tell(f"sealed {path}: its last {journal.sealed} bytes were not a whole line (a crash?)")
+    except JournalError as error:
+        tell(f"error: {error}; deliveries are answered 503 until it can be written")
+    return journal
+
+
+def shortfalls() -> str:
+    """Return what cannot be promised for want of something in this operating system, "" on a POSIX one."""
+    wanted = ((fcntl, "no lock keeps a second receiver off this log: start none"),
+              (hasattr(os, "O_DIRECTORY"), "a power cut can take a log that was just begun with it"),
+              (hasattr(signal, "SIGHUP"), "changed secrets are read at a restart only"))
+    return "; ".join([lack for there, lack in wanted if not there])
+
+
+def run(receiver: Receiver) -> int:
+    """Serve until a signal says stop; return the exit code."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(receiver.bell.fileno(), warn_on_full_buffer=False)
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+        before = {number: signal.signal(number, receiver.obey) for number in numbers}
+    settings, journal = receiver.settings, receiver.journal
+    scheme, address = "http" if settings.behind_proxy else "https", receiver.listeners[0].getsockname()
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    tell(f"listening on {scheme}://{host}:{address[1]}{settings.path}, log {os.path.abspath(settings.log)}")
+    if lacks := shortfalls():
+        tell(f"warning: on this system {lacks}")
+    notify("READY=1")
+    receiver.serve_forever()
+    notify("STOPPING=1")
+    tell("stopping: answering what has been sent")
+    receiver.stop()
+    journal.close()
+    counts = ", ".join(f"{next(count)} {outcome}" for outcome, count in receiver.counts.items())
+    for number, handler in before.items():  # one more while the interpreter ends would set the exit code; others go on
+        signal.signal(number, signal.SIG_IGN if __name__ == "__main__" else handler)
+        signal.set_wakeup_fd(-1)
+    tell(f"stopped: {counts}")
+    if journal.final:
+        tell(f"error: {journal.final}: it cannot be known what is on the disk; start again")
+    return 1 if journal.final or receiver.connections else 0
+
+
+def reload_settings(receiver: Receiver, options: argparse.Namespace) -> None:
+    """Read env file and certificates again (SIGHUP); what is wrong changes nothing."""
+    notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    try:
+        old, new = receiver.settings, load_serving(options)
+        bound = {name: getattr(old, name) for name in ("host", "port", "log", "max_connections", "behind_proxy")}
+        changed = [name for name, value in bound.items() if getattr(new, name) != value]
+        new = dataclasses.replace(new, **bound)
+        receiver.adopt(new, load_certificate(new))
+        tell("settings and certificate were read again" + (f"; a restart is needed for: {', '.join(changed)}" if changed else ""))
+    except SettingsError as error:
+        tell(f"error: {error}; the old settings stay in force")
+    notify("READY=1")
+
+
+def schedule_as_batch() -> None:
+    """Have a thread run on while it wakes others, where Linux lets us: an eighth of the CPU of an event. What somebody chose stays."""
+    with contextlib.suppress(AttributeError, OSError):  # not Linux, or not allowed
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Receive events until a signal says stop."""
+    schedule_as_batch()
+    settings = load_serving(options)
+    certificate = load_certificate(settings)
+    with open_journal(settings.log) as journal:
+        inherited = take_listeners()
+        listeners = inherited or open_listeners(settings.host, settings.port)
+        receiver = Receiver(settings, journal, listeners, certificate, bool(inherited))
+        receiver.on_hangup = lambda: reload_settings(receiver, options)
+        return run(receiver)
+
+
+def make_certificate(folder: str) -> tuple[str, str]:
+    """Return the paths of a throw-away certificate for this machine and of its key; raise SettingsError."""
+    cert, key = os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem")
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "7",
+               "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", cert]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except FileNotFoundError:
+        raise SettingsError("demo needs the openssl command to make a certificate, and there is none; install openssl") from None
+    except subprocess.CalledProcessError as error:
+        raise SettingsError(f"openssl could not make a certificate: {error.stderr.decode(errors='replace').strip()[-200:]}") from None
+    return cert, key
+
+
+def show_delivery(url: str, credential: Credential, folder: str) -> None:
+    """Deliver the documented event, show the line that it left, and say how to go on."""
+    body = sample_event("SchedulingTime", "1c519c56-1712-1e89-1c3e-743ecbedd117", time.time())
+    status, answer = Sender(url, credential, ssl.create_default_context(cafile=os.path.join(folder, "cert.pem"))).deliver(body)
+    line = pathlib.Path(folder, "events.jsonl").read_text("utf-8")
+    print(f"delivered the documented sample event over HTTPS: {status} {answer.get('status')}\n"
+          f"its line in {folder}/events.jsonl:\n\n{line}\n"
+          f"1. deliver another:  python3 {sys.argv[0]} send {url} --env-file {folder}/.env --ca {folder}/cert.pem\n"
+          f"2. watch the log:    tail -F {folder}/events.jsonl\n"
+          f"3. end with Ctrl-C; then put your own key and secret into .env and run with --cert and --key (README.md)", flush=True)
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Serve on loopback with a throw-away certificate and credentials, and deliver the documented event to it."""
+    schedule_as_batch()
+    folder = tempfile.mkdtemp(prefix="skype_webhook_demo.")
+    cert, key = make_certificate(folder)
+    credential = Credential(str(uuid.uuid4()), secrets.token_urlsafe(32).encode())
+    log = os.path.join(folder, "events.jsonl")
+    settings = Settings(credential.api_key, credential.api_secret.decode(), tls_cert=cert, tls_key=key, host="127.0.0.1",
+                        port=options.port, log=log)
+    pathlib.Path(folder, ".env").touch(0o600)
+    pathlib.Path(folder, ".env").write_text(f"SKYPE_API_KEY={credential.api_key}\nSKYPE_API_SECRET={credential.api_secret.decode()}\n")
+    with open_journal(log) as journal:
+        listeners = open_listeners(settings.host, settings.port)
+        receiver = Receiver(settings, journal, listeners, load_certificate(settings))
+        url = f"https://localhost:{listeners[0].getsockname()[1]}/"
+        threading.Thread(target=show_delivery, args=(url, credential, folder), daemon=True).start()
+        return run(receiver)
+
+
+def send(options: argparse.Namespace) -> int:
+    """Sign and deliver sample events, or one from a file; return 0 if all were taken."""
+    schedule_as_batch()
+    credential = load_settings(options).credentials[0]
+    try:
+        context = ssl.create_default_context(cafile=options.ca)
+        stored = pathlib.Path(options.file).read_bytes() if options.file else None
+    except OSError as error:  # an SSLError too
+        raise SettingsError(f"{error.filename or options.ca}: {error.strerror or 'there is no PEM certificate in it'}") from None
+    context.check_hostname = context.check_hostname and not options.insecure
+    context.verify_mode = ssl.CERT_NONE if options.insecure else ssl.CERT_REQUIRED
+
+    def body() -> bytes:
+        return sample_event(options.stage, str(uuid.uuid4()), time.time()) if stored is None else stored
+
+    senders = [Sender(options.url, credential, context) for _ in range(min(options.count, options.concurrency))]
+    begun, busy = time.perf_counter(), time.process_time()
+    tally = deliver_concurrently(senders, options.count, body)
+    if options.count > 1:
+        print(tally.describe(time.perf_counter() - begun, time.process_time() - busy))
+    elif tally.taken:
+        print(printable(f"{tally.last.get('status')} {tally.last.get('id')} in {tally.taken[0]:.1f} ms"))
+    if tally.refused:
+        print(f"error: {printable(tally.trouble.strip())}", file=sys.stderr)
+    return 0 if len(tally.taken) == options.count else 1
+
+
+def timeline(options: argparse.Namespace) -> int:
+    """Print each interview's course, the one that changed last at the end; with --follow, go on as events come."""
+    course, tails = Course(), [Tail(path) for path in options.files or [load_settings(options).log]]
+    for tail in tails:
+        if not tail.files and not options.follow:
+            raise SettingsError(f"{tail.path}: there is no log that can be read; name one, or set SKYPE_LOG")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        show_changes(course, tails, options)
+        while options.follow:
+            time.sleep(0.5)
+            show_changes(course, tails, options)
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
-        with server.changed:
-            server.viewers.discard(link)
+        if any(course.skipped.values()):
+            print("skipped {blank} blank and {foreign} foreign lines".format(**course.skipped), file=sys.stderr)
+    return 0
 
 
-def has_gone(viewer: Connection) -> bool:
-    """Tell, without waiting, whether the viewer has closed its side; what else it sends is dropped."""
-    viewer.socket.settimeout(0)
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors take one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {printable(message)}; see {self.prog} --help\n")
+
+
+COMMANDS = {"serve": (serve, "receive events (the default command)"),
+            "demo": (demo, "try it: serve on loopback with throw-away credentials, and deliver a sample event"),
+            "send": (send, "sign and deliver a sample event: is my set-up right?"),
+            "timeline": (timeline, "print each interview's stages in order, from the log")}
+
+
+def _make_parser(command: str) -> Parser:
+    name = os.path.basename(sys.argv[0]) or "skype_webhook.py"
+    parser = Parser(f"{name} {command}" if command != "serve" else name, description=COMMANDS[command][1], allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    if command == "serve":
+        parser.description = (__doc__ or "").partition("\n")[0]
+        parser.epilog = ("commands:\n" + "".join(f"  {name:<10} {text}\n" for name, (_, text) in COMMANDS.items())
+                         + "\nsettings (flag, else environment, else env file):\n"
+                         + "".join(f"  {each:<26} {field.metadata['flag'] or field.metadata['help']}\n" for each, field in SETTINGS.items())
+                         + "  " + ", ".join(f"{each}_FILE" for each in SECRETS) + ": files that hold the secrets")
+        parser.add_argument("--version", action="version", version=__version__)
+    if command != "demo":
+        parser.add_argument("--env-file", metavar="FILE", help="settings by name (default: .env, if there)")
+    for field in SETTINGS.values() if command == "serve" else ():
+        if field.metadata["flag"]:
+            parser.add_argument(field.metadata["flag"], dest=field.name, help=field.metadata["help"], **field.metadata["argument"])
+    if command == "demo":
+        parser.add_argument("--port", metavar="PORT", type=_number(int, 0, 65535), default=0, help="port to listen on (default: any)")
+    if command == "send":
+        parser.add_argument("url", metavar="URL", help="for instance https://localhost:8443/")
+        parser.add_argument("--stage", metavar="NAME", default="SchedulingTime", help="currentStage, for instance " + ", ".join(STAGES))
+        parser.add_argument("--file", metavar="FILE", help="deliver this body instead of a sample event")
+        parser.add_argument("--count", metavar="N", type=_number(int, 1, 10**9), default=1, help="deliveries in all")
+        parser.add_argument("--concurrency", metavar="C", type=_number(int, 1, 1000), default=1, help="connections at once")
+        parser.add_argument("--ca", metavar="FILE", help="trust this certificate (PEM)")
+        parser.add_argument("--insecure", action="store_true", help="trust any certificate")
+    if command == "timeline":
+        parser.add_argument("files", metavar="LOG", nargs="*", help="logs, merged by event id (default: --log)")
+        parser.add_argument("--log", metavar="FILE", help="the log, where none is named (default: the setting)")
+        parser.add_argument("--interview", metavar="CODE", help="this interview only")
+        parser.add_argument("--json", action="store_true", help="one JSON object an interview, a line each")
+        parser.add_argument("--follow", action="store_true", help="go on, also over rotations, until Ctrl-C")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code: 0 done, 1 failed while running, 2 wrong usage or settings."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # it was closed: the log would get its number, and then the lines for stderr
+    os.close(descriptor)
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
+    threading.excepthook = lambda fault: tell_fault(fault.exc_value or fault.exc_type(), "thread")
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = words.pop(0) if words and words[0] in COMMANDS else "serve"
     try:
-        return not viewer.receive()
-    except BlockingIOError:
-        return viewer.answering  # what TLS had to say was not taken, and is lost
+        options = _make_parser(command).parse_args(words)
+        code = COMMANDS[command][0](options)
+        sys.stdout.flush()
+        return code
+    except SettingsError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 2
+    except SystemExit as ended:  # argparse: --help, --version, wrong usage
+        return int(ended.code or 0)
+    except KeyboardInterrupt:
+        return 0
+    except OSError as error:  # a stdout that is full, or closed at its other end
+        print(f"error: {command}: {_why(error)}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would try again, complain, and end with 120
+        return 1
+    except Exception as error:
+        tell_fault(error, command)
+        return 1
 
 
-def format_frames(lines: bytes, start: int) -> bytes:
-    """Return whole lines, the first of which begins at the offset `start`, as server-sent events, without blank and foreign ones."""
-    frames, end = [], start
-    for line in lines.split(b"\n")[:-1]:
-        end += len(line) + 1
-        if line.startswith(_LINE_START) and b"\r" not in line:
-            frames.append(b"id: %d\ndata: %b\n\n" % (end, line))
-    return b"".join(frames)
-
-
-def stream_events(handler: Handler, tail: Tail, is_page: bool) -> None:
-    """Send events as they come, until the viewer goes, the server stops or the password changes; raise OSError if they are not taken."""
-    link, server, password = handler.request, handler.server, handler.server.settings.view_password
-    told: str | None = None
-    beat = time.monotonic()
-    while not (link.is_cut or server.stopping or has_gone(link) or server.settings.view_password != password):
-        lines = tail.read_on()
-        start = tail.offset - len(lines)
-        data = format_frames(lines, start)
-        if is_page and told != tail.mark:
-            told = tail.mark
-            data = b'event: log\ndata: {"log":"%b","at":%d}\n\n%b' % (told.encode(), start, data)
-        if time.monotonic() - beat >= HEARTBEAT_SECONDS:
-            beat, told = beat + HEARTBEAT_SECONDS, None  # the page hears no comment: it is told its place once more
-            data += b": heartbeat\n\n"
-        link.socket.settimeout(server.settings.request_timeout)
-        link.send(data)
-        time.sleep(VIEW_PAUSE)  # so sixteen viewers leave the senders their share of the processor
-
-
-def show_events(handler: Handler, head: Head) -> None:
-    """GET /events: the log as server-sent events, each a line, whose id is the offset of its end.
-
-    `?log=` is for the page: it is also told by `log` events which file it reads, and from where. By the file's mark and an
-    offset, `?log=...&after=...`, it goes on in that file, wherever that was rotated to in the meantime.
-    """
-    check_password(handler, head)
-    query = dict(urllib.parse.parse_qsl(head.query, keep_blank_values=True))
-    mark, last = query.get("log"), query.get("after") or head.fields.get("last-event-id", "")
-    with viewer_place(handler), contextlib.closing(Tail(handler.server.settings.log)) as tail:
-        if not re.fullmatch(r"[0-9]{1,18}", last):
-            tail.offset = max(0, tail.size() - VIEW_BYTES)
-        elif (not mark or tail.go_back_to(mark)) and int(last) <= tail.size():
-            tail.offset = int(last)  # else its file has gone, and all of the present one is new
-        fields = [*VIEW_FIELDS, ("X-Accel-Buffering", "no"), ("Connection", "close")]
-        handler.request.send(format_head(200, None, "text/event-stream; charset=utf-8", fields))
-        if head.method == "GET":
-            stream_events(handler, tail, mark is not None)
-
+# --- The page of the live view ---
 
 PAGE = r"""<!doctype html>
 <html lang="en">
@@ -2118,666 +2783,6 @@ def _hash_of(tag: str) -> str:
 
 PAGE_POLICY = (f"default-src 'none'; script-src {_hash_of('script')}; style-src {_hash_of('style')}; connect-src 'self'; img-src data:; "
                "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-
-
-def show_page(handler: Handler, head: Head) -> None:
-    """GET /: the page."""
-    check_password(handler, head)
-    page = PAGE.replace("{PATH}", handler.server.settings.path.replace("&", "&amp;"))  # it holds no <: see `_url_path`
-    handler.answer(200, page.encode(), "text/html; charset=utf-8", ("Content-Security-Policy", PAGE_POLICY), *VIEW_FIELDS)
-
-
-# --- The sender: what Skype Interviews does, for trying things out ---
-
-
-def sample_event(stage: str, interview: str, now: float) -> bytes:
-    """Return an event like the documented one, with another stage, interview and time (Unix seconds)."""
-    when = datetime.fromtimestamp(now, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%f")
-    metadata = "2000 - Pending interviewer time selection" if stage == "SchedulingTime" else STAGES.get(stage, "")
-    return json.dumps({"previousStage": {"value": "InterviewCreated", "metadata": "1 - Interview was created"},
-                       "currentStage": {"value": stage, "metadata": metadata},
-                       "event": "State", "timestamp": f"{when}0Z", "interviewCode": interview}).encode()
-
-
-class Sender:
-    """Delivers events to one URL over one kept connection."""
-
-    def __init__(self, url: str, credential: Credential, context: ssl.SSLContext) -> None:
-        try:
-            parts = urllib.parse.urlsplit(url)
-            if parts.scheme not in ("https", "http") or not parts.hostname or parts.port == 0 or not re.fullmatch("[!-~]+", url):
-                raise ValueError(url)
-        except ValueError:  # an odd port or address, too
-            raise SettingsError(f"{url} is not a URL like https://host:8443/") from None
-        self.target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        self.credential = credential
-        self.connection = (http.client.HTTPSConnection(parts.hostname, parts.port, timeout=30, context=context)
-                           if parts.scheme == "https" else http.client.HTTPConnection(parts.hostname, parts.port, timeout=30))
-
-    def deliver(self, body: bytes) -> tuple[int, dict[str, Any]]:
-        """Return the answer's status and JSON object; raise OSError or http.client.HTTPException."""
-        self.connection.request("POST", self.target, body, {"Authorization": f"Bearer {sign(body, self.credential, time.time())}",
-                                                            "Content-Type": "application/json; charset=utf-8"})
-        answer = self.connection.getresponse()
-        content = answer.read()
-        try:
-            return answer.status, _decode_object(content, _JSON)
-        except ValueError:
-            return answer.status, {"detail": content.decode("utf-8", "replace")[:200]}
-
-
-class Tally:
-    """What became of many deliveries: milliseconds of each that was taken, the last answer, the last trouble."""
-
-    def __init__(self) -> None:
-        self.taken: list[float] = []
-        self.refused = 0
-        self.last: dict[str, Any] = {}
-        self.trouble = ""
-
-    def add(self, status: int, answer: dict[str, Any], milliseconds: float) -> None:
-        if status == 200:
-            self.taken.append(milliseconds)
-            self.last = answer
-        else:
-            self.fail(f"refused: {status} {_REASONS.get(status, '')}: {answer.get('detail', '')}")
-
-    def fail(self, trouble: str) -> None:
-        self.refused += 1
-        self.trouble = trouble
-
-    def describe(self, seconds: float, busy: float) -> str:
-        """Return rate and latency; `busy` is the CPU time that this process took, in seconds. Its threads share the interpreter
-        lock, and so do not keep a whole processor busy."""
-        times = sorted(self.taken) or [math.nan]
-        limit = "; the sender itself was the limit, the receiver can take more" if busy > 0.6 * seconds else ""
-        return (f"{len(self.taken)} delivered, {self.refused} refused in {seconds:.2f} s: {len(self.taken) / seconds:.0f}/s, "
-                f"p50 {times[len(times) // 2]:.2f} ms, p99 {times[len(times) * 99 // 100]:.2f} ms{limit}")
-
-
-def _connect_trouble(error: Exception) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted here ({error.verify_message}); name it by --ca cert.pem, or use --insecure"
-    return f"{_why(error) or type(error).__name__}; is the receiver running there?"
-
-
-def deliver_turns(sender: Sender, turns: Iterator[int], body: Callable[[], bytes], tally: Tally) -> None:
-    """Deliver over one connection, until the `turns` that other threads take from too are used up."""
-    for _ in turns:
-        begun = time.perf_counter()
-        try:
-            status, answer = sender.deliver(body())
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            tally.fail(f"not delivered: {_connect_trouble(error)}")
-            return
-        tally.add(status, answer, (time.perf_counter() - begun) * 1000)
-
-
-def deliver_concurrently(senders: Sequence[Sender], count: int, body: Callable[[], bytes]) -> Tally:
-    """Deliver `count` events, each sender in a thread of its own, with a line of progress on a terminal."""
-    tally, turns = Tally(), iter(range(count))
-    threads = [threading.Thread(target=deliver_turns, args=(sender, turns, body, tally), daemon=True) for sender in senders]
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(0.5)
-                if count > 1 and sys.stderr.isatty():
-                    sys.stderr.write(f"\r{len(tally.taken)} of {count} delivered \r")
-    except KeyboardInterrupt:
-        tally.fail("interrupted")
-    return tally
-
-
-# --- The timeline: the log in, each interview's course out ---
-
-_COLOURS = {"Failed": "31", "Canceled": "90", "Archived": "90", "Completed": "32"}  # SGR, by how a stage's name ends
-# A million lines take JSON twelve seconds. One just like the documented event's is taken apart by a match, the rest by
-# JSON. @ is a string that is wanted, ~ another, both without escapes, # a time, and a space stands for any number of them.
-_PLAIN_LINE = re.compile((
-    r'\{"specversion":"1\.0","id":@,"source":~,"type":~,"subject":@,"time":#,"recordedtime":#,"datacontenttype":~,"data":'
-    r'\{ "previousStage": \{ "value": @ , "metadata": ~ \} , "currentStage": \{ "value": @ , "metadata": ~ \} , "event": ~ , '
-    r'"timestamp": ~ , "interviewCode": ~ \}\}').replace(" ", " *").replace("~", '"[^"\\\\\0-\x1f]*"').replace("@", '"([^"\\\\\0-\x1f]*)"')
-    .replace("#", r'"([0-9-]{10}T[0-9:]{5}):([0-5][0-9]\.[0-9]{6,7})Z"'))
-StagePair = tuple[Optional[str], Optional[str]]  # previous and current
-
-
-def _ticks(minute: str, seconds: str) -> int:
-    """Return the ticks of a minute as text and of seconds like 07.1234567."""
-    return _parse_minute(minute) * 60 * TICKS + int(seconds.replace(".", "").ljust(9, "0"))
-
-
-def parse_line(text: str) -> tuple[str, str, int, int, StagePair]:
-    """Return id, interview, time and recordedtime (in ticks since 1970), and stages of one line; raise ValueError, or what
-    JSON of another shape leads to."""
-    if match := _PLAIN_LINE.fullmatch(text):
-        event_id, code, minute, seconds, its_minute, its_seconds, previous, stage = match.groups()
-        return event_id, code, _ticks(minute, seconds), _ticks(its_minute, its_seconds), (previous, stage)
-    event = _JSON.decode(text)
-    body = event["data"] if "data" in event else _JSON.decode(base64.b64decode(event["data_base64"]).decode())
-    event_id, code, recorded = event["id"], event.get("subject", "-"), event["recordedtime"]
-    if not (isinstance(event_id, str) and isinstance(code, str)):
-        raise ValueError("id and subject are text")
-    return (event_id, code, parse_time(event.get("time", recorded)), parse_time(recorded),
-            (_stage(body, "previousStage", []), _stage(body, "currentStage", [])))
-
-
-class Step(NamedTuple):
-    """One event in an interview's course."""
-
-    time: int               # in ticks since 1970
-    stage: str | None
-    previous: str | None
-    seconds: float | None   # until the next one
-    gap: bool               # its previousStage is not the stage before it
-    late: bool              # it arrived after an event of a later time
-
-
-class Course:
-    """The events of all interviews: four numbers each, in one array an interview, so that a million take 40 MB."""
-
-    def __init__(self) -> None:
-        self.events: defaultdict[str, array[int]] = defaultdict(lambda: array("q"))  # by interview
-        self.stages: list[StagePair] = []  # each pair once
-        self.numbers: dict[StagePair, int] = {}  # its place there
-        self.skipped = {"blank": 0, "foreign": 0}
-
-    def add(self, line: bytes, only: str | None) -> str | None:
-        """Add one line of a log; return the interview's code, or None if it was skipped."""
-        try:
-            event_id, code, when, recorded, stages = parse_line(line.decode())
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            self.skipped["foreign" if line.strip() else "blank"] += 1
-            return None
-        if only is not None and only != code:
-            return None
-        number = self.numbers.setdefault(stages, len(self.stages))
-        if number == len(self.stages):
-            self.stages.append(stages)
-        self.events[code].extend((when, recorded, hash(event_id), number))
-        return code
-
-    def steps(self, code: str) -> list[Step]:
-        """Return an interview's course, each event once, in the order of its own time."""
-        rows: dict[int, tuple[int, ...]] = {}
-        for row in sorted(zip(*[iter(self.events[code])] * 4)):  # time, recordedtime, hash of the id, number of the stages
-            rows.setdefault(row[2], row)  # of an event in several logs, its first arrival
-        # Of each event, the earliest arrival of it and those after it; the last event's first.
-        soonest = list(itertools.accumulate((row[1] for row in reversed(rows.values())), min))
-        nexts = [*(row[0] for row in rows.values()), None][1:]
-        steps: list[Step] = []
-        before: str | None = None
-        for (when, recorded, _, number), after in zip(rows.values(), nexts):
-            previous, stage = self.stages[number]
-            seconds = None if after is None else (after - when) / TICKS
-            steps.append(Step(when, stage, previous, seconds, None not in (before, stage) and previous != before, recorded > soonest.pop()))
-            before = stage or before
-        return steps
-
-
-def _clock(ticks: int, zone: timezone | None) -> str | None:
-    """Return a time in a zone (None: the reader's), to the second; None where the platform's calendar does not hold it."""
-    try:
-        return datetime.fromtimestamp(ticks // TICKS, zone).isoformat()[:19]
-    except (ValueError, OverflowError, OSError):
-        return None
-
-
-def _duration(seconds: float) -> str:
-    """Return a length of time by its largest unit and the next one."""
-    for size, unit, part, its_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if seconds >= size:
-            rest = int(seconds % size // part)
-            return f"{int(seconds // size)} {unit}" + (f" {rest} {its_unit}" if rest else "")
-    return f"{int(seconds)} s" if seconds >= 1 else "under 1 s"
-
-
-def as_json(code: str, steps: Sequence[Step]) -> str:
-    """Return an interview as one JSON object: its present stage, and its events in their own order."""
-    events = []
-    for step in steps:
-        second = _clock(step.time, timezone.utc)
-        members = {**step._asdict(), "time": second and f"{second}.{step.time % TICKS:07d}Z"}
-        events.append({name: value for name, value in members.items() if value is not None and value is not False})
-    return json.dumps({"interview": code, "stage": next((step.stage for step in reversed(steps) if step.stage), None), "events": events})
-
-
-def as_text(code: str, steps: Sequence[Step], width: int | None, colours: bool) -> Iterator[str]:
-    """Yield the lines of an interview; `width` in columns cuts them, None does not."""
-    yield printable(code)[:width]
-    for step in steps:
-        stage, when = printable(step.stage or "-"), (_clock(step.time, None) or "-").replace("T", " ")
-        line = (f"  {when:<19}  {stage:<19}  {'now' if step.seconds is None else f'for {_duration(step.seconds)}'}"
-                + (f"  gap: came from {printable(step.previous or 'no stage')}" if step.gap else "")
-                + ("  late: arrived after a later one" if step.late else ""))[:width]
-        if colours:
-            colour = "33" if step.gap or step.late else next((_COLOURS[end] for end in _COLOURS if stage.endswith(end)), "36")
-            line = f"\x1b[{colour}m{line}\x1b[0m"
-        yield line
-
-
-def show_changes(course: Course, tails: Sequence[Tail], options: argparse.Namespace) -> None:
-    """Read what is new, and print the whole course of every interview that it concerns."""
-    terminal = sys.stdout.isatty()
-    width = shutil.get_terminal_size().columns if terminal else None
-    colours = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    lines = (line for tail in tails for part in iter(tail.read_on, b"") for line in part.split(b"\n")[:-1])
-    rests = (rest for tail in tails if not options.follow and (rest := tail.read(partly=True)))
-    changed = {code for line in itertools.chain(lines, rests) if (code := course.add(line, options.interview)) is not None}
-    for code in sorted(changed, key=lambda code: max(course.events[code][0::4])):
-        steps = course.steps(code)
-        print(as_json(code, steps) if options.json else "\n".join([*as_text(code, steps, width, colours), ""]))
-    sys.stdout.flush()
-
-
-# --- Settings and the command line ---
-
-
-def _number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], Any]:
-    form = r"[0-9]{1,12}" if kind is int else r"[0-9]{1,6}(?:\.[0-9]{1,6})?"  # the kinds themselves take 1_0, +5 and other digits
-
-    def parse(text: str) -> Any:
-        if not re.fullmatch(form, text) or not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number from {low} to {high}")
-        return kind(text)
-    return parse
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
-    return text.lower() in ("1", "true", "yes", "on")
-
-
-def _url_path(text: str) -> str:
-    if not re.fullmatch(r"/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*", text) or text == "/healthz":
-        raise argparse.ArgumentTypeError(f"{text!r} is not a path like /hook (and /healthz is taken)")
-    return text
-
-
-def _setting(default: Any, parse: Callable[[str], Any], help: str, flag: str = "") -> Any:
-    flag, _, metavar = flag.partition(" ")
-    argument = {"type": parse, "metavar": metavar} if metavar else {"action": "store_const", "const": True}
-    return dataclasses.field(default=default, repr=False, metadata={"parse": parse, "flag": flag, "help": help, "argument": argument})
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """All settings; in the environment each is named SKYPE_ and its name here, and a secret can be in a file named by ..._FILE."""
-
-    api_key: str = _setting("", str, "the API key of your API settings page (required)")
-    api_secret: str = _setting("", str, "its secret (required)")
-    api_key_previous: str = _setting("", str, "the key before the present one, while it is still used")
-    api_secret_previous: str = _setting("", str, "the secret before the present one, while it is still used")
-    view_password: str = _setting("", str, "password of the live view (default: no live view)")
-    tls_cert: str = _setting("", str, "certificate, PEM, the full chain", "--cert FILE")
-    tls_key: str = _setting("", str, "its private key, PEM, not encrypted", "--key FILE")
-    host: str = _setting("", str, "address to listen on (default: all, IPv4 and IPv6)", "--host ADDRESS")
-    port: int = _setting(8443, _number(int, 0, 65535), "port to listen on (default: 8443)", "--port PORT")
-    path: str = _setting("/", _url_path, "path of the webhook URL (default: /)", "--path PATH")
-    log: str = _setting("events.jsonl", str, "the log, appended to (default: events.jsonl)", "--log FILE")
-    leeway: float = _setting(1.0, _number(float, 0, 3600), "seconds that two clocks may differ (default: 1)", "--leeway SECONDS")
-    max_body: int = _setting(2**20, _number(int, 1, 2**30), "longest body in bytes (default: 1 MiB)", "--max-body BYTES")
-    max_connections: int = _setting(256, _number(int, 1, 10_000), "connections at once (default: 256)", "--max-connections N")
-    request_timeout: float = _setting(10.0, _number(float, 0.1, 3600), "seconds for a request (default: 10)", "--request-timeout SECONDS")
-    behind_proxy: bool = _setting(False, _boolean, "speak plain HTTP, to a proxy that ends TLS", "--behind-proxy")
-
-    @cached_property
-    def credentials(self) -> tuple[Credential, ...]:
-        """The credentials that a token may match, the present one first; raise SettingsError where one is missing or a placeholder."""
-        for name in ("api_key", "api_secret", "api_key_previous", "api_secret_previous"):
-            if getattr(self, name) in PLACEHOLDERS:
-                raise SettingsError(f"SKYPE_{name.upper()} is still the placeholder of example.env; paste yours from the API settings page")
-        for name in ("api_key", "api_secret"):
-            if not getattr(self, name):
-                raise SettingsError(f"SKYPE_{name.upper()} is not set; put it into .env (see example.env) or into the environment")
-        if self.api_key_previous and not self.api_secret_previous:
-            raise SettingsError("SKYPE_API_KEY_PREVIOUS is set without SKYPE_API_SECRET_PREVIOUS; set both, or the secret alone")
-        present = Credential(self.api_key, self.api_secret.encode("utf-8", "surrogateescape"))  # as the environment has it
-        if not self.api_secret_previous:
-            return (present,)
-        return present, Credential(self.api_key_previous or self.api_key, self.api_secret_previous.encode("utf-8", "surrogateescape"))
-
-    def load_certificate(self) -> Certificate | None:
-        """Return the certificate, None where a proxy has it; raise SettingsError."""
-        return None if self.behind_proxy else Certificate(self.tls_cert, self.tls_key)
-
-
-SECRETS = ("SKYPE_API_SECRET", "SKYPE_API_SECRET_PREVIOUS")
-SETTINGS = {f"SKYPE_{field.name.upper()}": field for field in dataclasses.fields(Settings)}
-NAMES = {*SETTINGS, *(f"{name}_FILE" for name in SECRETS)}
-_ENV_LINE = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)=\s*(?:\"(.*)\"|'(.*)'|(.*?))\s*")
-
-
-def read_env_file(path: str | None) -> dict[str, str]:
-    """Return the settings in an env file; `None` means `.env`, if there is one. Raise SettingsError."""
-    name = path or ".env"
-    try:
-        text, status = pathlib.Path(name).read_text("utf-8-sig"), os.stat(name)
-    except FileNotFoundError:
-        if path is None:
-            return {}
-        raise SettingsError(f"--env-file {path}: there is no such file") from None
-    except (OSError, UnicodeError) as error:
-        raise SettingsError(f"env file {name}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
-    # A file of root's that we read by our group (0640) is well kept; of our own, the group has nothing to read.
-    if os.name == "posix" and status.st_mode & (stat.S_IROTH | (stat.S_IRGRP if status.st_uid == os.geteuid() else 0)):
-        tell(f"warning: {name} can be read by other users of this machine; chmod 600 {name}")
-    values = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            match = _ENV_LINE.fullmatch(line)
-            if not match or "\0" in line:
-                raise SettingsError(f"{name} line {number} is not NAME=value{', it holds a NUL' if match else ''}")
-            values[match[1]] = match[2] or match[3] or match[4] or ""
-            if match[1].startswith("SKYPE_") and match[1] not in NAMES:
-                tell(f"warning: {name} line {number}: there is no setting {match[1]}")
-    return values
-
-
-def _look_up(name: str, source: Mapping[str, str]) -> str:
-    """Return a setting's text from environment or env file, "" where it is not set; raise SettingsError."""
-    text, path = source.get(name, ""), source.get(f"{name}_FILE", "") if name in SECRETS else ""
-    if text and path:
-        raise SettingsError(f"{name} and {name}_FILE are both set; keep one")
-    if path:
-        try:
-            text = pathlib.Path(path).read_text("utf-8").rstrip("\r\n")
-        except (OSError, UnicodeError) as error:
-            raise SettingsError(f"{name}_FILE {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
-        if not text:
-            raise SettingsError(f"{name}_FILE {path}: it is empty")
-    return text
-
-
-def load_settings(options: argparse.Namespace) -> Settings:
-    """Return the settings: a flag wins over the environment, that over the env file; an empty text is not set. Raise SettingsError."""
-    env_file = read_env_file(options.env_file)
-    values: dict[str, Any] = {}
-    for name, field in SETTINGS.items():
-        value = getattr(options, field.name, None)
-        if value in (None, ""):  # no flag
-            try:
-                text = _look_up(name, os.environ) or _look_up(name, env_file)
-                value = field.metadata["parse"](text) if text else field.default
-            except argparse.ArgumentTypeError as error:
-                raise SettingsError(f"{name} ({field.metadata['flag']}): {error}") from None
-        values[field.name] = value
-    return Settings(**values)
-
-
-def load_serving(options: argparse.Namespace) -> Settings:
-    """Return the settings of a receiver, with all that it needs; raise SettingsError."""
-    settings = load_settings(options)
-    if settings.behind_proxy:
-        if settings.tls_cert or settings.tls_key:
-            raise SettingsError("--behind-proxy speaks plain HTTP; leave --cert and --key to the proxy")
-        settings = dataclasses.replace(settings, host=settings.host or "127.0.0.1")
-    elif not (settings.tls_cert and settings.tls_key):
-        missing = "--key" if settings.tls_cert else "--cert"
-        raise SettingsError(f"{missing} is missing; HTTPS needs --cert and --key (or --behind-proxy; or try: demo)")
-    _ = settings.credentials  # here, so that a missing one ends the start
-    return settings
-
-
-def open_journal(path: str) -> Journal:
-    """Return the journal of this log, and tell if it had to be repaired; raise SettingsError."""
-    try:
-        journal = Journal(path)
-    except JournalError as error:
-        raise SettingsError(f"--log {path}: {error}") from None
-    try:
-        journal.check()
-        if journal.sealed:
-            tell(f"sealed {path}: its last {journal.sealed} bytes were not a whole line (a crash?)")
-    except JournalError as error:
-        tell(f"error: {error}; deliveries are answered 503 until it can be written")
-    return journal
-
-
-def shortfalls() -> str:
-    """Return what cannot be promised for want of something in this operating system, "" on a POSIX one."""
-    wanted = ((fcntl, "no lock keeps a second receiver off this log: start none"),
-              (hasattr(os, "O_DIRECTORY"), "a power cut can take a log that was just begun with it"),
-              (hasattr(signal, "SIGHUP"), "changed secrets are read at a restart only"))
-    return "; ".join([lack for there, lack in wanted if not there])
-
-
-def run(receiver: Receiver) -> int:
-    """Serve until a signal says stop; return the exit code."""
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        signal.set_wakeup_fd(receiver.bell.fileno(), warn_on_full_buffer=False)
-        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
-        before = {number: signal.signal(number, receiver.obey) for number in numbers}
-    settings, journal = receiver.settings, receiver.journal
-    scheme, address = "http" if settings.behind_proxy else "https", receiver.listeners[0].getsockname()
-    host = f"[{address[0]}]" if ":" in address[0] else address[0]
-    tell(f"listening on {scheme}://{host}:{address[1]}{settings.path}, log {os.path.abspath(settings.log)}")
-    if lacks := shortfalls():
-        tell(f"warning: on this system {lacks}")
-    notify("READY=1")
-    receiver.serve_forever()
-    notify("STOPPING=1")
-    tell("stopping: answering what has been sent")
-    receiver.stop()
-    journal.close()
-    counts = ", ".join(f"{next(count)} {outcome}" for outcome, count in receiver.counts.items())
-    for number, handler in before.items():  # one more while the interpreter ends would set the exit code; others go on
-        signal.signal(number, signal.SIG_IGN if __name__ == "__main__" else handler)
-        signal.set_wakeup_fd(-1)
-    tell(f"stopped: {counts}")
-    if journal.final:
-        tell(f"error: {journal.final}: it cannot be known what is on the disk; start again")
-    return 1 if journal.final or receiver.connections else 0
-
-
-def reload_settings(receiver: Receiver, options: argparse.Namespace) -> None:
-    """Read env file and certificates again (SIGHUP); what is wrong changes nothing."""
-    notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-    try:
-        old, new = receiver.settings, load_serving(options)
-        bound = {name: getattr(old, name) for name in ("host", "port", "log", "max_connections", "behind_proxy")}
-        changed = [name for name, value in bound.items() if getattr(new, name) != value]
-        new = dataclasses.replace(new, **bound)
-        receiver.adopt(new, new.load_certificate())
-        tell("settings and certificate were read again" + (f"; a restart is needed for: {', '.join(changed)}" if changed else ""))
-    except SettingsError as error:
-        tell(f"error: {error}; the old settings stay in force")
-    notify("READY=1")
-
-
-def schedule_as_batch() -> None:
-    """Have a thread run on while it wakes others, where Linux lets us: an eighth of the CPU of an event. What somebody chose stays."""
-    with contextlib.suppress(AttributeError, OSError):  # not Linux, or not allowed
-        if os.sched_getscheduler(0) == os.SCHED_OTHER:
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-
-
-def serve(options: argparse.Namespace) -> int:
-    """Receive events until a signal says stop."""
-    schedule_as_batch()
-    settings = load_serving(options)
-    certificate = settings.load_certificate()
-    with open_journal(settings.log) as journal:
-        inherited = take_listeners()
-        listeners = inherited or open_listeners(settings.host, settings.port)
-        receiver = Receiver(settings, journal, listeners, certificate, bool(inherited))
-        receiver.on_hangup = lambda: reload_settings(receiver, options)
-        return run(receiver)
-
-
-def make_certificate(folder: str) -> tuple[str, str]:
-    """Return the paths of a throw-away certificate for this machine and of its key; raise SettingsError."""
-    cert, key = os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem")
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "7",
-               "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", cert]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except FileNotFoundError:
-        raise SettingsError("demo needs the openssl command to make a certificate, and there is none; install openssl") from None
-    except subprocess.CalledProcessError as error:
-        raise SettingsError(f"openssl could not make a certificate: {error.stderr.decode(errors='replace').strip()[-200:]}") from None
-    return cert, key
-
-
-def show_delivery(url: str, credential: Credential, folder: str) -> None:
-    """Deliver the documented event, show the line that it left, and say how to go on."""
-    body = sample_event("SchedulingTime", "1c519c56-1712-1e89-1c3e-743ecbedd117", time.time())
-    status, answer = Sender(url, credential, ssl.create_default_context(cafile=os.path.join(folder, "cert.pem"))).deliver(body)
-    line = pathlib.Path(folder, "events.jsonl").read_text("utf-8")
-    print(f"delivered the documented sample event over HTTPS: {status} {answer.get('status')}\n"
-          f"its line in {folder}/events.jsonl:\n\n{line}\n"
-          f"1. deliver another:  python3 {sys.argv[0]} send {url} --env-file {folder}/.env --ca {folder}/cert.pem\n"
-          f"2. watch the log:    tail -F {folder}/events.jsonl\n"
-          f"3. end with Ctrl-C; then put your own key and secret into .env and run with --cert and --key (README.md)", flush=True)
-
-
-def demo(options: argparse.Namespace) -> int:
-    """Serve on loopback with a throw-away certificate and credentials, and deliver the documented event to it."""
-    schedule_as_batch()
-    folder = tempfile.mkdtemp(prefix="skype_webhook_demo.")
-    cert, key = make_certificate(folder)
-    credential = Credential(str(uuid.uuid4()), secrets.token_urlsafe(32).encode())
-    log = os.path.join(folder, "events.jsonl")
-    settings = Settings(credential.api_key, credential.api_secret.decode(), tls_cert=cert, tls_key=key, host="127.0.0.1",
-                        port=options.port, log=log)
-    pathlib.Path(folder, ".env").touch(0o600)
-    pathlib.Path(folder, ".env").write_text(f"SKYPE_API_KEY={credential.api_key}\nSKYPE_API_SECRET={credential.api_secret.decode()}\n")
-    with open_journal(log) as journal:
-        listeners = open_listeners(settings.host, settings.port)
-        receiver = Receiver(settings, journal, listeners, settings.load_certificate())
-        url = f"https://localhost:{listeners[0].getsockname()[1]}/"
-        threading.Thread(target=show_delivery, args=(url, credential, folder), daemon=True).start()
-        return run(receiver)
-
-
-def send(options: argparse.Namespace) -> int:
-    """Sign and deliver sample events, or one from a file; return 0 if all were taken."""
-    schedule_as_batch()
-    credential = load_settings(options).credentials[0]
-    try:
-        context = ssl.create_default_context(cafile=options.ca)
-        stored = pathlib.Path(options.file).read_bytes() if options.file else None
-    except OSError as error:  # an SSLError too
-        raise SettingsError(f"{error.filename or options.ca}: {error.strerror or 'there is no PEM certificate in it'}") from None
-    context.check_hostname = context.check_hostname and not options.insecure
-    context.verify_mode = ssl.CERT_NONE if options.insecure else ssl.CERT_REQUIRED
-
-    def body() -> bytes:
-        return sample_event(options.stage, str(uuid.uuid4()), time.time()) if stored is None else stored
-
-    senders = [Sender(options.url, credential, context) for _ in range(min(options.count, options.concurrency))]
-    begun, busy = time.perf_counter(), time.process_time()
-    tally = deliver_concurrently(senders, options.count, body)
-    if options.count > 1:
-        print(tally.describe(time.perf_counter() - begun, time.process_time() - busy))
-    elif tally.taken:
-        print(printable(f"{tally.last.get('status')} {tally.last.get('id')} in {tally.taken[0]:.1f} ms"))
-    if tally.refused:
-        print(f"error: {printable(tally.trouble.strip())}", file=sys.stderr)
-    return 0 if len(tally.taken) == options.count else 1
-
-
-def timeline(options: argparse.Namespace) -> int:
-    """Print each interview's course, the one that changed last at the end; with --follow, go on as events come."""
-    course, tails = Course(), [Tail(path) for path in options.files or [load_settings(options).log]]
-    for tail in tails:
-        if not tail.files and not options.follow:
-            raise SettingsError(f"{tail.path}: there is no log that can be read; name one, or set SKYPE_LOG")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        show_changes(course, tails, options)
-        while options.follow:
-            time.sleep(0.5)
-            show_changes(course, tails, options)
-    except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    finally:
-        if any(course.skipped.values()):
-            print("skipped {blank} blank and {foreign} foreign lines".format(**course.skipped), file=sys.stderr)
-    return 0
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors take one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {printable(message)}; see {self.prog} --help\n")
-
-
-COMMANDS = {"serve": (serve, "receive events (the default command)"),
-            "demo": (demo, "try it: serve on loopback with throw-away credentials, and deliver a sample event"),
-            "send": (send, "sign and deliver a sample event: is my set-up right?"),
-            "timeline": (timeline, "print each interview's stages in order, from the log")}
-
-
-def _make_parser(command: str) -> Parser:
-    name = os.path.basename(sys.argv[0]) or "skype_webhook.py"
-    parser = Parser(f"{name} {command}" if command != "serve" else name, description=COMMANDS[command][1], allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    if command == "serve":
-        parser.description = (__doc__ or "").partition("\n")[0]
-        parser.epilog = ("commands:\n" + "".join(f"  {name:<10} {text}\n" for name, (_, text) in COMMANDS.items())
-                         + "\nsettings (flag, else environment, else env file):\n"
-                         + "".join(f"  {each:<26} {field.metadata['flag'] or field.metadata['help']}\n" for each, field in SETTINGS.items())
-                         + "  " + ", ".join(f"{each}_FILE" for each in SECRETS) + ": files that hold the secrets")
-        parser.add_argument("--version", action="version", version=__version__)
-    if command != "demo":
-        parser.add_argument("--env-file", metavar="FILE", help="settings by name (default: .env, if there)")
-    for field in SETTINGS.values() if command == "serve" else ():
-        if field.metadata["flag"]:
-            parser.add_argument(field.metadata["flag"], dest=field.name, help=field.metadata["help"], **field.metadata["argument"])
-    if command == "demo":
-        parser.add_argument("--port", metavar="PORT", type=_number(int, 0, 65535), default=0, help="port to listen on (default: any)")
-    if command == "send":
-        parser.add_argument("url", metavar="URL", help="for instance https://localhost:8443/")
-        parser.add_argument("--stage", metavar="NAME", default="SchedulingTime", help="currentStage, for instance " + ", ".join(STAGES))
-        parser.add_argument("--file", metavar="FILE", help="deliver this body instead of a sample event")
-        parser.add_argument("--count", metavar="N", type=_number(int, 1, 10**9), default=1, help="deliveries in all")
-        parser.add_argument("--concurrency", metavar="C", type=_number(int, 1, 1000), default=1, help="connections at once")
-        parser.add_argument("--ca", metavar="FILE", help="trust this certificate (PEM)")
-        parser.add_argument("--insecure", action="store_true", help="trust any certificate")
-    if command == "timeline":
-        parser.add_argument("files", metavar="LOG", nargs="*", help="logs, merged by event id (default: --log)")
-        parser.add_argument("--log", metavar="FILE", help="the log, where none is named (default: the setting)")
-        parser.add_argument("--interview", metavar="CODE", help="this interview only")
-        parser.add_argument("--json", action="store_true", help="one JSON object an interview, a line each")
-        parser.add_argument("--follow", action="store_true", help="go on, also over rotations, until Ctrl-C")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code: 0 done, 1 failed while running, 2 wrong usage or settings."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # it was closed: the log would get its number, and then the lines for stderr
-    os.close(descriptor)
-    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
-    threading.excepthook = lambda fault: tell_fault(fault.exc_value or fault.exc_type(), "thread")
-    words = list(sys.argv[1:] if argv is None else argv)
-    command = words.pop(0) if words and words[0] in COMMANDS else "serve"
-    try:
-        options = _make_parser(command).parse_args(words)
-        code = COMMANDS[command][0](options)
-        sys.stdout.flush()
-        return code
-    except SettingsError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
-    except SystemExit as ended:  # argparse: --help, --version, wrong usage
-        return int(ended.code or 0)
-    except KeyboardInterrupt:
-        return 0
-    except OSError as error:  # a stdout that is full, or closed at its other end
-        print(f"error: {command}: {_why(error)}", file=sys.stderr)
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would try again, complain, and end with 120
-        return 1
-    except Exception as error:
-        tell_fault(error, command)
-        return 1
 
 
 if __name__ == "__main__":
