@@ -2343,16 +2343,8 @@ def reload_settings(receiver: Receiver, options: argparse.Namespace) -> None:
     notify("READY=1")
 
 
-def schedule_as_batch() -> None:
-    """Have a thread run on while it wakes others, where Linux lets us: an eighth of the CPU of an event. What somebody chose stays."""
-    with contextlib.suppress(AttributeError, OSError):  # not Linux, or not allowed
-        if os.sched_getscheduler(0) == os.SCHED_OTHER:
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-
-
 def serve(options: argparse.Namespace) -> int:
     """Receive events until a signal says stop."""
-    schedule_as_batch()
     settings = load_serving(options)
     certificate = load_certificate(settings)
     with open_journal(settings.log) as journal:
@@ -2391,7 +2383,6 @@ def show_delivery(url: str, credential: Credential, folder: str) -> None:
 
 def demo(options: argparse.Namespace) -> int:
     """Serve on loopback with a throw-away certificate and credentials, and deliver the documented event to it."""
-    schedule_as_batch()
     folder = tempfile.mkdtemp(prefix="skype_webhook_demo.")
     cert, key = make_certificate(folder)
     credential = Credential(str(uuid.uuid4()), secrets.token_urlsafe(32).encode())
@@ -2410,7 +2401,6 @@ def demo(options: argparse.Namespace) -> int:
 
 def send(options: argparse.Namespace) -> int:
     """Sign and deliver sample events, or one from a file; return 0 if all were taken."""
-    schedule_as_batch()
     credential = load_settings(options).credentials[0]
     try:
         context = ssl.create_default_context(cafile=options.ca)

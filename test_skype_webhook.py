@@ -2365,19 +2365,6 @@ def test_restarts_on_a_passed_socket_under_load_refuse_no_connection(tmp_path, c
     assert sorted(ids_in(tmp_path / "events.jsonl")) == sorted(acknowledged)
 
 
-@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="needs Linux")
-@pytest.mark.parametrize(("before", "then"), [("SCHED_OTHER", "SCHED_BATCH"), ("SCHED_IDLE", "SCHED_IDLE")])
-def test_threads_are_scheduled_as_batch_unless_somebody_chose_otherwise(serve, before, then):
-    ours = os.sched_getscheduler(0)
-    os.sched_setscheduler(0, getattr(os, before), os.sched_param(0))
-    try:
-        server = serve()
-    finally:
-        os.sched_setscheduler(0, ours, os.sched_param(0))
-    assert server.deliver(event())[0] == 200
-    assert {os.sched_getscheduler(int(thread)) for thread in os.listdir(f"/proc/{server.process.pid}/task")} == {getattr(os, then)}
-
-
 @pytest.mark.parametrize("abstract", [False, True])
 def test_systemd_is_told_what_happens(serve, tmp_path, abstract):
     path = f"\0skype_webhook_test.{uuid.uuid4()}" if abstract else str(tmp_path / "notify")
