@@ -57,12 +57,12 @@ import traceback
 import urllib.parse
 import uuid
 from array import array
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple, NoReturn, Optional
+from typing import Any, Literal, NamedTuple, NoReturn, Optional
 
 try:
     import fcntl
@@ -83,7 +83,7 @@ SUBJECT_LIMIT = 1024              # characters; a GUID has 36, and it stands in 
 TIME_LIMIT = 64                   # characters; the documented time has 28, twice in its line, too
 RECENT_IDS = 65_536               # ids remembered: 5,400 a second for the 12 s that a token is taken, leeways included
 RECENT_BYTES = 64 * 2**20         # bytes read back at start, whatever the size of the log
-BACKLOG_BYTES = 64 * 2**20        # bytes that may wait for a stalled disk
+BACKLOG_BYTES = 32 * 2**20        # bytes that may wait for a stalled disk: one batch, which a start may have to read back whole
 STORE_SECONDS = 20.0              # the sender waits 30 s for its answer
 ANSWER_SECONDS = 28.0             # from a request's first byte: a slow one leaves less than STORE_SECONDS to its event
 CHECK_SECONDS = 2.0               # a load balancer gives its check less time than a sender its event
@@ -123,6 +123,10 @@ class Rejected(Exception):
 
 class JournalError(Exception):
     """An event that could not be stored, or not in time; the text says why."""
+
+
+class SyncFailed(Exception):
+    """A sync of the log that failed: what is on the disk cannot be known, so the process has to end."""
 
 
 class SettingsError(Exception):
@@ -218,7 +222,7 @@ class Settings:
     path: str = _setting("/", _url_path, "path of the webhook URL (default: /)", "--path PATH")
     log: str = _setting("events.jsonl", str, "the log, appended to (default: events.jsonl)", "--log FILE")
     leeway: float = _setting(1.0, _number(float, 0, 3600), "seconds that two clocks may differ (default: 1)", "--leeway SECONDS")
-    max_body: int = _setting(2**20, _number(int, 1, 2**30), "longest body in bytes (default: 1 MiB)", "--max-body BYTES")
+    max_body: int = _setting(2**20, _number(int, 1, 2**24), "longest body in bytes (default: 1 MiB, at most 16)", "--max-body BYTES")
     max_connections: int = _setting(256, _number(int, 1, 10_000), "connections at once (default: 256)", "--max-connections N")
     request_timeout: float = _setting(10.0, _number(float, 0.1, 3600), "seconds for a request (default: 10)", "--request-timeout SECONDS")
     behind_proxy: bool = _setting(False, _boolean, "speak plain HTTP, to a proxy that ends TLS", "--behind-proxy")
@@ -798,81 +802,388 @@ def parse_chunk_size(line: str) -> int:
 
 # --- The journal: disk only ---
 
+SEAL_BLOCK = 4096  # bytes; a page is written whole or not at all when the process is killed
+CHECK_LINE = b"\n".rjust(SEAL_BLOCK)  # a whole block: a full disk still takes a shorter line
+_SOURCE = b'","source":"https://interviews.skype.com"'
+_BLANK_ID = ""  # of a blank line, which is no event
+_MENDED = {
+    "event": "sealed {path}: its last event lacked its newline (a crash?)",
+    "torn": "sealed {path}: its last {size} bytes were not a whole line (a crash?)",
+    "foreign": "warning: {path}: its last {size} bytes are no event; they got a newline, and stay",
+}
+_BLANKS = b" \0"  # a power cut leaves NULs, a seal that was cut short spaces
+_UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}  # NFS, FUSE, CIFS
+_OTHER_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (lambda mode: True, "a device"),
+)
 
-class _Entry:
-    """One line on its way to the disk. `outcome` is None until it is known, "" when it is durable, else why it is not; `settled`
-    is locked until then."""
 
-    __slots__ = ("key", "line", "outcome", "settled")
-
-    def __init__(self, key: bytes | str, line: bytes) -> None:
-        self.key, self.line = key, line
-        self.outcome: str | None = None
-        self.settled = threading.Lock()
-        self.settled.acquire()
+def _is_event(line: bytes) -> bool:
+    """Return whether a line begins as every event of this log does, up to its source."""
+    return line.startswith(_LINE_START) and line.startswith(_SOURCE, _ID.stop)
 
 
-def _compact(event_id: str) -> bytes | str:
-    """Return an id as it is remembered: a SHA-256 by its bytes, which take a third less memory."""
-    return bytes.fromhex(event_id) if _SHA256.fullmatch(event_id) else event_id
+TailKind = Literal["nothing", "event", "torn", "foreign"]
+
+
+def classify_tail(tail: bytes) -> TailKind:
+    """Return what the bytes behind the last newline of a log are.
+
+    "event": a whole event, which lacks only its newline. "torn": what a crash left of lines of
+    ours, which may be overwritten. "foreign": anything else.
+    """
+    if not tail:
+        return "nothing"
+    try:
+        _decode_object(tail, _JSON, DEPTH_LIMIT + 1)
+    except ValueError:
+        begun = tail.rstrip(_BLANKS)
+        is_ours = begun.startswith(_LINE_START) or _LINE_START.startswith(begun)
+        return "torn" if is_ours else "foreign"
+    return "event" if _is_event(tail) else "foreign"
+
+
+def _check_kind(status: os.stat_result) -> None:
+    """Raise JournalError where a file cannot be a log."""
+    if not stat.S_ISREG(status.st_mode):
+        kinds = [kind for is_kind, kind in _OTHER_KINDS if is_kind(status.st_mode)]
+        raise JournalError(f"it is {kinds[0]}; a log is a regular file, like events.jsonl")
+    if status.st_nlink == 0:
+        raise JournalError("it has been removed and is only mounted here, so that events would be "
+                           "lost with the mount; mount the folder of the log, not the file")
 
 
 def _sync(descriptor: int) -> None:
-    """Make durable what was written. The fsync of macOS ends at the drive's cache, and it has no fdatasync."""
-    if hasattr(fcntl, "F_FULLFSYNC"):
-        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-    else:
+    """Make durable what was written to a file; raise SyncFailed."""
+    try:
+        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync ends at the drive's cache
+            try:
+                fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+                return
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
         getattr(os, "fdatasync", os.fsync)(descriptor)
+    except OSError as error:
+        raise SyncFailed(f"sync: {_why(error)}") from None
 
 
-SEAL_BLOCK = 4096  # bytes; a page is written whole or not at all when the process is killed
+def _sync_folder(folder: str) -> bool:
+    """Make the names in a folder durable; return False where the file system cannot.
+
+    Raise SyncFailed, or OSError if the folder cannot be opened.
+    """
+    if not hasattr(os, "O_DIRECTORY"):  # Windows, of which the start tells
+        return True
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise SyncFailed(f"sync of its folder: {_why(error)}") from None
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    return True
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock a file for this process alone; return False where the file system cannot.
+
+    Raise JournalError if another process has locked it, or OSError.
+    """
+    if not fcntl:  # Windows, of which the start tells
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise JournalError("another process has it open and locked; stop that one, "
+                           "or choose another log") from None
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        return False
+    return True
+
+
+class ReadBack(NamedTuple):
+    """What stands at the end of a log."""
+
+    ids: list[str]  # of its last events, the newest first
+    broken: int     # lines that hold NULs
+    tail: bytes     # what stands behind the last newline
+    kind: TailKind  # of the tail
+    size: int       # of the file, in bytes
+
+
+class LogFile:
+    """The log as an open file: locked, read back, appended to, sealed, released. For one thread.
+
+    Whose it is: a file that holds an event of this log, or nothing but blanks, NULs and a torn tail
+    of ours, is ours. Any other is refused by `read_back`, which comes before any write.
+
+    How a torn tail is sealed: it is overwritten with spaces, last page first, so that a kill
+    half-way leaves a torn tail again and never a broken line; then a newline ends it. `tail -F`
+    prints the whole file again after a truncation, and glues lines without the newline.
+
+    `end` is the size at which we left the file; None where a write has failed, or nothing was
+    written yet. If the file has another one, its end is mended before the next event.
+    """
+
+    def __init__(self, path: str, warn: Callable[[str], None]) -> None:
+        """Open and lock the file at `path`; raise JournalError or OSError."""
+        self.path = path
+        self.warn = warn
+        self.end: int | None = None
+        self._refused: tuple[int, bytes] | None = None  # what a failed batch left, and its offset
+        self._target = os.path.realpath(path)  # of a symbolic link, also of a dangling one
+        with contextlib.suppress(FileNotFoundError):
+            _check_kind(os.stat(self._target))  # before it is opened: a pipe would block
+
+        with contextlib.ExitStack() as opened:  # closes them again if the rest fails
+            self._appender = opened.enter_context(self._open(os.O_APPEND | os.O_CREAT))
+            # To seal by: Linux appends even a pwrite to a file that is open with O_APPEND.
+            self._editor = opened.enter_context(self._open(0))
+            self._status = os.fstat(self._appender.fileno())
+            _check_kind(self._status)  # it may have been replaced meanwhile
+            if not os.path.samestat(self._status, os.fstat(self._editor.fileno())):
+                raise JournalError("it was replaced while it was being opened")
+            self._is_locked = _lock(self._appender.fileno())
+            opened.pop_all()
+
+    def _open(self, flags: int) -> io.FileIO:
+        flags |= os.O_RDWR | getattr(os, "O_BINARY", 0)
+        return io.FileIO(os.open(self._target, flags, 0o600), "r+")
+
+    def is_at_path(self) -> bool:
+        """Return whether the path still leads to this file, which may have been renamed or removed.
+
+        If others have changed the file, `end` is None afterwards. Raise JournalError or OSError.
+        """
+        try:
+            status = os.stat(self.path)
+        except FileNotFoundError:
+            return False
+        if not os.path.samestat(status, self._status):
+            return False
+        _check_kind(status)
+        if status.st_size != self.end:
+            self.end = None
+        return True
+
+    # reading
+
+    def _read(self, start: int, size: int) -> bytes:
+        self._editor.seek(start)
+        return self._editor.read(size) or b""
+
+    def _lines_backwards(self, size: int) -> Iterator[bytes]:
+        """Yield what stands behind the last newline, then the whole lines before it, backwards.
+
+        RECENT_BYTES in all; raise JournalError if there is no newline in them.
+        """
+        limit = max(0, size - RECENT_BYTES)
+        parts: list[bytes] = []  # of the line whose beginning is not read yet, the last part first
+        newline_seen = False
+        start = size
+        while start > limit:
+            end, start = start, max(limit, start - READ_BACK)
+            first, *others = self._read(start, end - start).split(b"\n")
+            if others:
+                newline_seen = True
+                parts.append(others.pop())
+                yield b"".join(reversed(parts))
+                yield from reversed(others)
+                parts.clear()
+            parts.append(first)
+        if limit == 0:
+            yield b"".join(reversed(parts))
+        elif not newline_seen:
+            raise JournalError("its last line is longer than any event, so it is no log of this "
+                               "program, and stays as it is; move it away, or choose another log")
+
+    def read_back(self, wanted: int) -> ReadBack:
+        """Return what stands at the file's end, `wanted` ids at most.
+
+        Raise JournalError if the file is somebody else's, or OSError.
+        """
+        size = self._editor.seek(0, os.SEEK_END)
+        lines = self._lines_backwards(size)
+        tail = next(lines)
+        kind = classify_tail(tail)
+        ids: list[str] = []
+        broken = 0
+        is_ours = _is_event(tail)
+        is_blank = kind in ("nothing", "torn")
+        for line in lines:
+            if not line.strip(_BLANKS):
+                continue
+            has_nul = b"\0" in line  # a page of it was lost in a crash
+            broken += has_nul
+            is_blank = False
+            if _is_event(line):
+                is_ours = True
+                if not has_nul:
+                    ids.append(line[_ID].decode("ascii", "replace"))
+                if len(ids) == wanted:
+                    break
+
+        if not is_ours and is_blank:  # of a longer file, not all has been read
+            is_ours = size <= RECENT_BYTES or _is_event(self._read(0, _ID.stop + len(_SOURCE)))
+        if not is_ours:
+            is_gzip = self._read(0, 2) == b"\x1f\x8b"
+            why = "it is compressed (gzip)" if is_gzip else "it holds no event"
+            raise JournalError(f"{why}, so it is no log of this program, and stays as it is; "
+                               "move it away, or choose another log")
+        return ReadBack(ids, broken, tail, kind, size)
+
+    def take_over(self) -> list[str]:
+        """Return the ids in the file, the newest first, as soon as they are durable.
+
+        Raise JournalError if it is not ours, OSError or SyncFailed.
+        """
+        found = self.read_back(RECENT_IDS)
+        _sync(self._appender.fileno())  # whoever wrote and made it may not have done so
+        is_named = _sync_folder(os.path.dirname(self._target))
+        if not self._is_locked:
+            self.warn(f"warning: {self.path}: this file system cannot lock: "
+                      "nothing keeps a second receiver off this log; start none")
+        if not is_named:
+            self.warn(f"warning: {self.path}: this file system cannot sync a folder: "
+                      "a power cut can take a log that was just begun with it")
+        if found.broken:
+            self.warn(f"warning: {self.path}: lines that hold NULs (a crash?): {found.broken}; if "
+                      "their events come again, they are recorded again")
+        if os.name == "posix" and self._status.st_mode & stat.S_IROTH:
+            self.warn(f"warning: {self.path} can be read by other users of this machine, and holds "
+                      f"candidates' data; chmod o-r {self.path}")
+        return found.ids
+
+    # writing
+
+    def append(self, lines: bytes) -> None:
+        """Write one batch and make it durable; OSError or SyncFailed: none of it counts."""
+        written = os.write(self._appender.fileno(), lines)
+        try:
+            if written < len(lines):
+                raise OSError(errno.ENOSPC, f"only {written} of {len(lines)} bytes were written")
+            _sync(self._appender.fileno())
+        except (OSError, SyncFailed):
+            self._refused = (self._appender.tell() - written, lines[:written])
+            self.end = None
+            with contextlib.suppress(OSError, JournalError):
+                self.mend()  # what cannot be done now is done before the next batch
+            raise
+        self.end = self._appender.tell()
+
+    def mend(self) -> list[str]:
+        """Blank what a failed batch left, and end what stands behind the last newline.
+
+        Return the ids of events that are durable by that: one if it only lacked its newline. Raise
+        JournalError if the file is not ours (any more), OSError or SyncFailed.
+        """
+        if self._refused:
+            self._blank(*self._refused)
+            self._refused = None
+        _, _, tail, kind, size = self.read_back(1)
+        if kind == "torn":
+            self._blank(size - len(tail), tail)
+        if kind != "nothing":
+            if os.write(self._appender.fileno(), b"\n") != 1:
+                raise OSError(errno.ENOSPC, "a torn line could not be ended")
+            _sync(self._appender.fileno())
+            self.warn(_MENDED[kind].format(path=self.path, size=len(tail)))
+        self.end = self._editor.seek(0, os.SEEK_END)
+        return [tail[_ID].decode()] if kind == "event" else []
+
+    def _blank(self, start: int, content: bytes) -> None:
+        """Overwrite what stands at `start` with spaces, as far as it still is `content`."""
+        end = start + len(content)
+        while end > start:
+            begin = max(start, (end - 1) // SEAL_BLOCK * SEAL_BLOCK)
+            block = content[begin - start:end - start]
+            there = self._read(begin, len(block))
+            # The beginning of a block may be blank already: a write was short.
+            if len(there) == len(block) and block.endswith(there.lstrip(b" ")):
+                self._editor.seek(begin)
+                if self._editor.write(b" " * len(block)) != len(block):
+                    raise OSError(errno.EIO, "a torn line could not be blanked")
+            end = begin
+
+    def close(self) -> None:
+        """Let the file go. What was acknowledged of it is durable, whatever a close says."""
+        for file in (self._editor, self._appender):
+            with contextlib.suppress(OSError):
+                file.close()  # it forgets its descriptor first
+
+
+class _Entry:
+    """One line on its way to the disk. `settle` wakes the appends that `wait` for it, and is called
+    once; then `error` says why the line is not durable, or is None."""
+
+    __slots__ = ("_settled", "error", "event_id", "line")
+
+    def __init__(self, event_id: str, line: bytes) -> None:
+        self.event_id = event_id
+        self.line = line
+        self.error: str | None = None
+        self._settled = threading.Lock()  # locked until then; an Event takes three times as long
+        self._settled.acquire()
+
+    def settle(self, error: str | None) -> None:
+        """Wake the appends that wait, one after another."""
+        self.error = error
+        self._settled.release()
+
+    def wait(self, seconds: float) -> bool:
+        """Return whether the entry was settled within `seconds`."""
+        if not self._settled.acquire(timeout=seconds):
+            return False
+        self._settled.release()  # for one more append of the same id
+        return True
 
 
 class Journal:
-    """The owner of the log file.
+    """The log: what `append` returns for is durable.
 
-    How group commit works: `append` puts its line into `_pending` and sleeps. One thread takes all that is
-    pending, writes it by one write, syncs, and wakes every append of that batch; what arrives meanwhile is the
-    next batch. A thread of its own, so that a stalled sync cannot keep an append from giving up in time.
+    How group commit works: `append` puts its line into `_pending` and waits. One thread takes all
+    that is pending, writes it by one write, syncs, and settles every entry of that batch; what
+    arrives meanwhile is the next batch. A thread of its own, so that a stalled sync cannot keep an
+    append from giving up in time.
 
-    How a torn tail is sealed: bytes that are no whole line (a crash, a short write) are overwritten with spaces,
-    last page first, so that a kill half-way leaves a torn tail again and never a broken line; then a newline
-    ends them. `tail -F` prints the whole file again after a truncation, and glues lines without the newline.
+    A failed write is tried again with the next batch. After a failed sync, or a fault of ours,
+    `final` says why nothing more can be stored: the thread ends, and calls `on_final`.
 
-    `_lock` guards `_pending` (not yet taken by the thread), `_unsettled` (those, and the batch being written) and `_closing`;
-    it is never held while the disk works. An id moves from `_unsettled` to `_recent` under it, so that an append finds it in
-    one of the two. Only the thread changes `_recent`, the file and what describes it. `final` and `_failing` are replaced
-    whole, without the lock. `_wake` (on the same lock) wakes the thread when something is pending or the journal closes.
+    `_lock` guards all fields below it but `_file`, which the thread alone uses. It is never held
+    while the disk works, nor while an entry is settled: who wakes would soon wait for it. An id
+    moves from `_unsettled` to `_recent` in one step, so that an append finds it in one of the two.
+    Who takes an entry out of `_unsettled` settles it. `_wake` wakes the thread when something is
+    pending or the journal closes.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str],
+                 warn: Callable[[str], None] = lambda warning: None) -> None:
         self.path = os.fspath(path)
-        self.on_final: Callable[[], None] = lambda: None  # called when a sync failed: the process has to end
-        self.sealed = 0                                   # bytes of a torn tail found when the file was opened
+        self.warn = warn  # gets a line on what was mended, or cannot be promised here
+        self.on_final: Callable[[], None] = lambda: None  # called when the process has to end
+        self._file: LogFile | None = None
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
-        self._pending: list[_Entry] = []
+        self._pending: list[_Entry] = []  # not yet taken by the thread
         self._pending_bytes = 0
-        self._unsettled: dict[bytes | str, _Entry] = {}
-        self._recent: set[bytes | str] = set()
-        self._order: deque[bytes | str] = deque()
-        self._failing: str | None = None
-        self._refused = 1                                 # bytes of the shortest line of the last batch that failed
-        self.final: str | None = None                     # why the process has to end: a sync failed
+        self._unsettled: dict[str, _Entry] = {}  # those, and the batch that is being written
+        self._recent: OrderedDict[str, None] = OrderedDict()  # durable, the oldest first
+        self._failing: str | None = None  # why the last batch failed, or was late
+        self.final: str | None = None
         self._closing = False
-        self._file: Any = None                            # a second descriptor, to read and to seal by
-        self._identity: tuple[int, int] | None = None     # device and inode of the open file
-        self._appender = -1
-        self._seal_from: int | None = None                # where a torn tail begins that is still to be sealed
-        self._end = 0                                     # where our last write ended; a file of another size was changed by others
         try:
-            self._open()
-        except OSError as error:
-            self._release()
+            self._start()
+        except (OSError, SyncFailed) as error:
             raise JournalError(_why(error)) from None
-        except BaseException:
-            self._release()
-            raise
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
@@ -883,249 +1194,181 @@ class Journal:
         self.close()
 
     def append(self, event_id: str, line: bytes, seconds: float = STORE_SECONDS) -> bool:
-        """Return True once `line` is durable, False if `event_id` already was; raise JournalError, at the latest after `seconds`."""
-        key = _compact(event_id)
+        """Return True once `line` is durable, False if `event_id` already was.
+
+        Raise JournalError where it cannot be stored, at the latest after `seconds`.
+        """
         with self._lock:
-            if key in self._recent:
+            if event_id in self._recent:
                 return False
-            entry = self._unsettled.get(key)
-            if first := entry is None:
-                if self.final or self._closing:
-                    raise JournalError(self.final or "the log is closed")
-                if self._pending_bytes > BACKLOG_BYTES:
-                    raise JournalError("the disk has stalled, and too much waits for it")
-                entry = self._unsettled[key] = _Entry(key, line)
-                self._pending.append(entry)
-                self._pending_bytes += len(line)
-                self._wake.notify()
-        if not entry.settled.acquire(timeout=seconds):
-            self._failing = f"the disk did not take it within {seconds:.3g} s"
-            raise JournalError(self._failing)
-        entry.settled.release()  # for one more append of the same id
-        if entry.outcome:
-            raise JournalError(entry.outcome)
-        return first
+            entry = self._unsettled.get(event_id)
+            is_first = entry is None
+            if entry is None:
+                entry = self._enqueue(event_id, line)
+        if not entry.wait(seconds):
+            late = f"the disk did not take it within {seconds:.3g} s"
+            with self._lock:
+                self._failing = late
+            raise JournalError(late)
+        if entry.error is not None:
+            raise JournalError(entry.error)
+        return is_first
+
+    def _enqueue(self, event_id: str, line: bytes) -> _Entry:
+        if self.final or self._closing:
+            raise JournalError(self.final or "the log is closed")
+        if self._pending_bytes > BACKLOG_BYTES:
+            raise JournalError("the disk has stalled, and too much waits for it")
+        entry = self._unsettled[event_id] = _Entry(event_id, line)
+        self._pending.append(entry)
+        self._pending_bytes += len(line)
+        self._wake.notify()
+        return entry
 
     def check(self) -> None:
-        """Raise JournalError while the log cannot be written; after a failure, try again with a blank line.
-
-        That is as long as the shortest one refused: on a full disk, a shorter one can find room in the file's last block.
-        """
-        if self.final:
-            raise JournalError(self.final)
-        if self._failing:
-            self.append("", b"\n".rjust(self._refused), CHECK_SECONDS)
-
-    def give_up(self, reason: str) -> None:
-        """Let no append wait any longer; what lands on the disk afterwards is a duplicate when it is sent again."""
+        """Raise JournalError while the log cannot be written; after a failure, try a blank line."""
         with self._lock:
-            for entry in self._unsettled.values():
-                if entry.outcome is None:
-                    entry.outcome = reason
-                    entry.settled.release()
+            final, failing = self.final, self._failing
+        if final:
+            raise JournalError(final)
+        if failing:
+            self.append(_BLANK_ID, CHECK_LINE, CHECK_SECONDS)
 
     def close(self) -> None:
-        """Write and sync what is pending, then let the file go."""
+        """Write and sync what is pending, and let the file go.
+
+        A disk that has stalled gets CLOSE_SECONDS; then no append waits any longer, and what lands
+        afterwards is a duplicate when it is sent again.
+        """
         with self._lock:
             if self._closing:
-                return  # a second wait for a disk that has stalled would be too long
+                return  # a second wait would be too long
             self._closing = True
             self._wake.notify()
         self._thread.join(CLOSE_SECONDS)
-        if not self._thread.is_alive():
-            self._release()
+        if self._thread.is_alive():
+            self._abandon("the disk did not take it before the receiver had to stop")
+        elif self._file:
+            self._file.close()
+
+    # the thread
 
     def _run(self) -> None:
+        """Commit one batch after another, until the journal closes or a sync fails."""
         try:
-            self._commit_batches()
-        except Exception as fault:  # out of memory, or a fault of ours: without this thread nothing can be stored
-            self.final = f"{self.path}: {type(fault).__name__}"
-            self.on_final()
-            self.give_up(self.final)
+            while batch := self._next_batch():
+                self._settle(batch, self._commit(batch))
+            return
+        except SyncFailed as error:
+            final = f"{self.path}: {error}"
+        except Exception as fault:  # out of memory, or a fault of ours
+            final = f"{self.path}: {type(fault).__name__}"
+        with self._lock:
+            self.final = final
+        self.on_final()
+        self._abandon(final)
 
-    def _commit_batches(self) -> None:
-        """Commit one batch after another until the journal closes: the life of its thread."""
-        while True:
-            with self._lock:
-                while not self._pending and not self._closing:
-                    self._wake.wait()
-                batch, self._pending, self._pending_bytes = self._pending, [], 0
-            if not batch:
-                return
-            self._settle(batch, self.final or self._commit(b"".join([entry.line for entry in batch])))
-            if self.final:
-                self.on_final()
+    def _next_batch(self) -> list[_Entry]:
+        """Wait for something to write, and return all of it; nothing once the journal closes."""
+        with self._lock:
+            while not self._pending and not self._closing:
+                self._wake.wait()
+            batch = self._pending
+            self._pending = []
+            self._pending_bytes = 0
+        return batch
+
+    def _commit(self, batch: Sequence[_Entry]) -> str | None:
+        """Store one batch; return None, or why none of its lines counts. Raise SyncFailed."""
+        try:
+            self._follow().append(b"".join([entry.line for entry in batch]))
+        except (OSError, JournalError) as error:
+            return f"{self.path}: {_why(error)}"
+        return None
 
     def _settle(self, batch: Sequence[_Entry], error: str | None) -> None:
         """Remember what is durable, and wake the appends of a batch."""
+        waiting = []
         with self._lock:
             self._failing = error
-            if error:
-                self._refused = min(len(entry.line) for entry in batch)
+            if error is None:
+                self._remember([entry.event_id for entry in batch if entry.event_id != _BLANK_ID])
             for entry in batch:
-                del self._unsettled[entry.key]
-                if error is None and entry.key:
-                    self._remember(entry.key)
-            waited_for = [entry for entry in batch if entry.outcome is None]  # `give_up` has settled the others
-            for entry in waited_for:
-                entry.outcome = error or ""
-        for entry in waited_for:  # not under our lock: who wakes would soon wait for it
-            entry.settled.release()
+                if self._unsettled.pop(entry.event_id, None):
+                    waiting.append(entry)
+        for entry in waiting:
+            entry.settle(error)
 
-    def _commit(self, data: bytes) -> str | None:
-        """Write and sync one batch; return None, or why none of its lines counts."""
-        written = 0
-        try:
-            self._follow()
-            self._seal()
-            written = os.write(self._appender, data)
-            if written < len(data):
-                raise OSError(errno.ENOSPC, f"only {written} of {len(data)} bytes were written")
-            self._end = os.lseek(self._appender, 0, os.SEEK_CUR)
-            self._make_durable(_sync, self._appender)
-        except OSError as error:
-            self._take_back(written)
-            return self.final or f"{self.path}: {_why(error)}"
-        except JournalError as error:
-            return f"{self.path}: {error}"
-        return None
+    def _abandon(self, reason: str) -> None:
+        """Let no append wait any longer."""
+        with self._lock:
+            waiting = list(self._unsettled.values())
+            self._unsettled.clear()
+        for entry in waiting:
+            entry.settle(reason)
 
-    def _make_durable(self, sync: Callable[[int], None], descriptor: int) -> None:
-        """Sync the log or its folder. A failure is final: the kernel may have dropped the pages, a second sync would lie."""
-        try:
-            sync(descriptor)
-        except OSError as error:
-            self.final = f"{self.path}: sync: {_why(error)}"
-            raise
+    def _remember(self, event_ids: Iterable[str]) -> None:
+        """Note the ids of durable events, the oldest first. The caller holds the lock."""
+        for event_id in event_ids:
+            self._recent[event_id] = None
+            if len(self._recent) > RECENT_IDS:
+                self._recent.popitem(last=False)
 
-    def _take_back(self, written: int) -> None:
-        """Blank the last `written` bytes; what cannot be done now is done before the next batch."""
-        if written:
-            with contextlib.suppress(OSError):
-                self._seal_from = os.lseek(self._appender, 0, os.SEEK_CUR) - written  # past the end if others have cut the file since
-                self._seal()
+    # the file
 
-    def _seal(self) -> None:
-        """Blank the torn tail, if there is one, last page first, end it with a newline, and sync."""
-        start = self._seal_from
-        if start is None:
-            return
-        size = end = self._file.seek(0, os.SEEK_END)
-        while end > start:
-            begin = max(start, (end - 1) // SEAL_BLOCK * SEAL_BLOCK)
-            self._file.seek(begin)
-            if self._file.write(b" " * (end - begin)) != end - begin:
-                raise OSError(errno.EIO, "a torn line could not be blanked")
-            end = begin
-        if size > start and os.write(self._appender, b"\n") != 1:
-            raise OSError(errno.ENOSPC, "a torn line could not be ended")
-        self._make_durable(_sync, self._appender)
-        self._seal_from = None
+    def _follow(self) -> LogFile:
+        """Return the file at the path, mended; raise JournalError, OSError or SyncFailed.
 
-    def _follow(self) -> None:
-        """Open the path anew if it is no longer our file: renamed (logrotate), removed, or failed before.
-
-        If it is, but of another size, somebody has cut it (copytruncate) or written to it: their torn line is ended before ours.
+        It is opened anew where it is another one than before: rotated, removed, or refused before.
         """
+        file = self._file
+        if file and not file.is_at_path():
+            self._leave(file)
+            file = None
+        if file is None:
+            file = self._open()
+        if file.end is None:
+            self._mend(file)
+        return file
+
+    def _open(self) -> LogFile:
+        """Open the file at the path, and remember the ids in it."""
+        file = LogFile(self.path, self.warn)
         try:
-            now: os.stat_result | None = os.stat(self.path)
-        except FileNotFoundError:
-            now = None
-        if now is None or (now.st_dev, now.st_ino) != self._identity:
-            try:
-                self._seal()  # the last chance to mend this one
-            except OSError:
-                if self.final:
-                    raise
-            self._release()
-            self._open()
-        elif now.st_size != self._end and self._seal_from is None:
-            self._end_tail(next(self._lines_backwards()))
+            event_ids = file.take_over()
+        except BaseException:
+            file.close()
+            raise
+        with self._lock:
+            self._remember(reversed(event_ids))
+        self._file = file
+        return file
 
-    def _open(self) -> None:
-        """Open, lock and read back the file at the path, and make its name durable."""
-        if os.path.lexists(self.path) and not stat.S_ISREG(os.stat(self.path).st_mode):  # before open: a FIFO would block
-            raise JournalError("it is not a regular file")
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
-        self._appender = os.open(self.path, flags, 0o600)
-        status = os.fstat(self._appender)
-        if not stat.S_ISREG(status.st_mode):  # it was replaced meanwhile
-            raise JournalError("it is not a regular file")
-        if fcntl:
-            try:
-                fcntl.flock(self._appender, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise JournalError("another process has it open and locked; stop that one, or choose another log") from None
-        # A second descriptor to seal by: Linux appends even a pwrite to an O_APPEND file.
-        self._file = os.fdopen(os.open(self.path, os.O_RDWR | getattr(os, "O_BINARY", 0)), "r+b", 0)
-        self._identity = (status.st_dev, status.st_ino)
-        if hasattr(os, "O_DIRECTORY"):  # also of a file that was there: whoever made it may not have synced its name
-            folder = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                self._make_durable(os.fsync, folder)
-            finally:
-                os.close(folder)
-        self._read_back()
+    def _mend(self, file: LogFile) -> None:
+        event_ids = file.mend()
+        with self._lock:
+            self._remember(event_ids)
 
-    def _read_back(self) -> None:
-        """End a torn tail, and remember the ids that stand at the end of the file."""
-        lines = self._lines_backwards()
-        tail = next(lines)
-        self.sealed = len(tail)
-        recent = [tail] if self._end_tail(tail) else []
-        recent += itertools.islice((line for line in lines if line.startswith(_LINE_START)), RECENT_IDS)
-        for line in reversed(recent):  # the oldest first: it will be forgotten first
-            self._remember(_compact(line[_ID].decode("ascii", "replace")))
-        self._make_durable(_sync, self._appender)  # what a crash left unsynced must be durable before it is called a duplicate
-
-    def _lines_backwards(self) -> Iterator[bytes]:
-        """Yield what stands after the last newline, then the whole lines before it, the last first, RECENT_BYTES in all."""
-        start, rest, newline_seen = self._file.seek(0, os.SEEK_END), b"", False
-        limit = max(0, start - RECENT_BYTES)
-        while start > limit:
-            end, start = start, max(limit, start - READ_BACK)
-            self._file.seek(start)
-            rest, *whole = (self._file.read(end - start) + rest).split(b"\n")
-            newline_seen = newline_seen or bool(whole)
-            yield from reversed(whole)
-        if start == 0:
-            yield rest
-        elif not newline_seen:
-            raise JournalError("its last line is longer than any event; is it a log of this program?")
-
-    def _end_tail(self, tail: bytes) -> bool:
-        """Seal bytes that stand after the last newline; return whether they are an event, which only lacked its newline."""
-        self._seal_from = self._file.seek(0, os.SEEK_END) - len(tail) if tail else None
-        with contextlib.suppress(ValueError, OSError):
-            if tail.startswith(_LINE_START):
-                _decode_object(tail, _JSON, DEPTH_LIMIT + 1)  # or ValueError: it is torn
-                if os.write(self._appender, b"\n"):
-                    self._seal_from = None
-                    return True
+    def _leave(self, file: LogFile) -> None:
+        """Let a file go that is no longer at the path; it is the last chance to mend it."""
+        self._file = None
         try:
-            self._seal()
-        except OSError as error:  # a full disk, say: tried again before the next event, no restart is needed
-            if self.final:
-                raise
+            if file.end is None:
+                with contextlib.suppress(OSError, JournalError):  # the next file may have space
+                    self._mend(file)
+        finally:
+            file.close()
+
+    def _start(self) -> None:
+        """Open the log and mend it; on a full disk, the first batch tries that again."""
+        file = self._open()
+        try:
+            self._mend(file)
+        except OSError as error:
             self._failing = f"{self.path}: {_why(error)}"
-        return False
-
-    def _remember(self, key: bytes | str) -> None:
-        if key in self._recent:
-            return
-        if len(self._order) >= RECENT_IDS:
-            self._recent.discard(self._order.popleft())
-        self._recent.add(key)
-        self._order.append(key)
-
-    def _release(self) -> None:
-        self._identity = self._seal_from = None
-        if self._file:
-            self._file.close()
-            self._file = None
-        if self._appender >= 0:
-            os.close(self._appender)
-            self._appender = -1
+        except BaseException:
+            file.close()
+            raise
 
 
 # --- One connection: its socket, its answers, and the handler of its requests ---
@@ -2052,7 +2295,7 @@ class Receiver(socketserver.BaseServer):
             while self.connections and time.monotonic() < end:
                 self.sweep(time.monotonic() >= grace)
                 self.changed.wait(0.1)
-        self.journal.give_up("the disk did not take it before the receiver had to stop")
+        self.journal.close()  # no append waits any longer
         with self.changed:
             self.changed.wait_for(lambda: not self.connections, 0.5)
             for link in self.connections:
@@ -2359,15 +2602,13 @@ def show_changes(course: Course, tails: Sequence[Tail], options: argparse.Namesp
 
 
 def open_journal(path: str) -> Journal:
-    """Return the journal of this log, and tell if it had to be repaired; raise SettingsError."""
+    """Return the journal of this log, and tell if it cannot be written yet; raise SettingsError."""
     try:
-        journal = Journal(path)
+        journal = Journal(path, tell)
     except JournalError as error:
         raise SettingsError(f"--log {path}: {error}") from None
     try:
         journal.check()
-        if journal.sealed:
-            tell(f"sealed {path}: its last {journal.sealed} bytes were not a whole line (a crash?)")
     except JournalError as error:
         tell(f"error: {error}; deliveries are answered 503 until it can be written")
     return journal

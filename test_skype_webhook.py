@@ -9,6 +9,7 @@ import collections
 import contextlib
 import errno
 import functools
+import gzip
 import hashlib
 import hmac
 import http.server
@@ -957,6 +958,10 @@ def log(tmp_path):
     return tmp_path / "log.jsonl"
 
 
+WHOLE_LINE = line(0)[1]
+OTHER_LINE = WHOLE_LINE.replace(b"https://interviews.skype.com", b"https://example.org")
+
+
 def test_one_event_by_64_threads_is_written_once(log):
     together, results = threading.Barrier(64), []
 
@@ -980,7 +985,8 @@ def test_ids_are_remembered_over_a_restart(log):
 
 
 def test_the_last_65_536_ids_are_remembered_the_oldest_forgotten_first(log):
-    log.write_bytes(b"".join(b'{"specversion":"1.0","id":"%064x"}\n' % number for number in range(65_537)))
+    start = b'{"specversion":"1.0","id":"%064x","source":"https://interviews.skype.com"}\n'
+    log.write_bytes(b"".join(start % number for number in range(65_537)))
     with sw.Journal(log) as journal:
         assert [journal.append(f"{number:064x}", line(number)[1]) for number in (1, 0, 1, 3)] == [False, True, True, False]
 
@@ -1017,11 +1023,13 @@ def test_the_deepest_event_that_lacks_only_its_newline_is_kept(log):
     assert log.read_bytes() == whole
 
 
-def test_a_log_with_only_a_torn_line_longer_than_a_page_is_sealed(log):
-    log.write_bytes(b"x" * 100_000)
-    with sw.Journal(log) as journal:
-        assert journal.sealed == 100_000
-    assert log.read_bytes() == b" " * 100_000 + b"\n"
+def test_a_first_line_that_was_torn_after_pages_is_sealed(log):
+    said = []
+    log.touch(0o600)
+    log.write_bytes(line(0, 100_000)[1][:90_000])
+    sw.Journal(log, said.append).close()
+    assert log.read_bytes() == b" " * 90_000 + b"\n"
+    assert said == [f"sealed {log}: its last 90000 bytes were not a whole line (a crash?)"]
 
 
 def test_a_log_whose_last_line_is_longer_than_any_event_is_refused_as_it_is(log, monkeypatch):
@@ -1040,14 +1048,236 @@ def test_a_new_log_is_private_and_locked(log):
     sw.Journal(log).close()
 
 
-@pytest.mark.parametrize("kind", ["folder", "fifo", "no folder"])
-def test_a_path_that_is_no_regular_file_is_refused(log, kind):
-    if kind == "folder":
-        log.mkdir()
-    elif kind == "fifo":
-        os.mkfifo(log)
-    with pytest.raises(sw.JournalError):
+# Each row: what stands behind the last newline, and what it is taken for.
+@pytest.mark.parametrize(("tail", "kind"), [
+    (b"", "nothing"),
+    (WHOLE_LINE[:-1], "event"),
+    (WHOLE_LINE[:-1] + b"   ", "event"),
+    (WHOLE_LINE[:-2], "torn"),
+    (WHOLE_LINE[:-2] + bytes(4096), "torn"),
+    (WHOLE_LINE[:50], "torn"),
+    (b'{"specversion":"1.0","id":"', "torn"),
+    (b'{"spec', "torn"),
+    (b'{"spec' + b" " * 4096 + bytes(4096), "torn"),
+    (b"{", "torn"),
+    (b" ", "torn"),
+    (b" \0\0 ", "torn"),
+    (b"{}", "foreign"),
+    (b'{"name":"my-app"}', "foreign"),
+    (b'{"specversion":"1.0","id":"1","source":"https://example.org"}', "foreign"),
+    (OTHER_LINE[:-1], "foreign"),
+    (b' {"spec', "foreign"),
+    (bytes(4096) + WHOLE_LINE[:-1], "foreign"),
+    (b"x", "foreign"),
+], ids=lambda each: repr(each)[:40])
+def test_a_tail_is_told_apart(tail, kind):
+    assert sw.classify_tail(tail) == kind
+
+
+NOT_OURS = {
+    "no newline": b'{"name":"my-app"}',
+    "newline": b'{"name":"my-app"}\n',
+    "an object": b"{}",
+    "env file": b"SKYPE_API_KEY=k\nSKYPE_API_SECRET=hush",
+    "binary": bytes(range(256)) * 99,
+    "zeroed beginning": bytes(4096) + WHOLE_LINE[50:],
+    "database": b"SQLite format 3\0" + bytes(8176),
+    "archive": gzip.compress(WHOLE_LINE),
+    "log": b"GET / 200\nGET / 404\n",
+    "blank and a word": b"\n\nword\n",
+    "events of others": OTHER_LINE * 3,
+    "one event of others": OTHER_LINE[:-1],
+}
+
+
+@pytest.fixture(params=NOT_OURS)
+def not_ours(request):
+    """The content of a file that is somebody else's."""
+    return NOT_OURS[request.param]
+
+
+def test_a_file_of_somebody_else_is_refused_as_it_is(log, not_ours):
+    log.write_bytes(not_ours)
+    with pytest.raises(sw.JournalError, match="no log of this program"):
+        sw.Journal(log)
+    assert log.read_bytes() == not_ours
+
+
+def test_a_file_of_others_renamed_to_the_path_stays_as_it_is(log, not_ours):
+    with sw.Journal(log) as journal:
+        assert journal.append(*line(0))
+        log.with_suffix(".others").write_bytes(not_ours)
+        log.with_suffix(".others").rename(log)
+        for act in (lambda: journal.append(*line(1)), journal.check):
+            with pytest.raises(sw.JournalError, match="no log of this program"):
+                act()
+        assert log.read_bytes() == not_ours
+        log.unlink()
+        journal.check()
+        assert journal.append(*line(1)) and not journal.append(*line(0))
+
+
+def test_a_file_of_others_copied_over_the_log_stays_as_it_is(log, not_ours):
+    with sw.Journal(log) as journal:
+        assert journal.append(*line(0, 50))
+        log.write_bytes(not_ours)
+        with pytest.raises(sw.JournalError, match="no log of this program"):
+            journal.append(*line(1))
+        assert log.read_bytes() == not_ours
+
+
+@pytest.mark.parametrize("content", [
+    b"",
+    b"\n",
+    b" \n\n",
+    bytes(5000),
+    b" \n" + bytes(5000) + b"\n{",
+    b"\n" + WHOLE_LINE[:-2],
+], ids=lambda content: repr(content)[:20])
+def test_a_file_of_blanks_and_a_torn_line_is_ours(log, content):
+    log.write_bytes(content)
+    with sw.Journal(log) as journal:
+        assert journal.append(*line(1))
+    assert log.read_bytes().replace(b"\0", b" ").split() == [line(1)[1].strip()]
+
+
+def test_of_a_log_whose_end_is_blank_the_beginning_is_looked_at(log, monkeypatch):
+    monkeypatch.setattr(sw, "RECENT_BYTES", 4096)
+    log.write_bytes(WHOLE_LINE + b" " * 5000 + b"\n")
+    sw.Journal(log).close()
+    log.write_bytes(b"x\n" + b" " * 5000 + b"\n")
+    with pytest.raises(sw.JournalError, match="no log of this program"):
+        sw.Journal(log)
+
+
+def test_a_stray_fragment_in_our_log_gets_its_newline_and_stays(log):
+    said = []
+    log.touch(0o600)
+    log.write_bytes(WHOLE_LINE + b"stray")
+    with sw.Journal(log, said.append) as journal:
+        assert log.read_bytes() == WHOLE_LINE + b"stray\n"
+        with open(log, "ab") as file:
+            file.write(b"another")
+        assert journal.append(*line(1))
+    assert log.read_bytes() == WHOLE_LINE + b"stray\nanother\n" + line(1)[1]
+    assert [text.partition("its last ")[2] for text in said] == [
+        f"{size} bytes are no event; they got a newline, and stay" for size in (5, 7)]
+
+
+def test_a_line_with_nuls_is_not_remembered_and_told(log):
+    said = []
+    log.touch(0o600)
+    torn = bytearray(line(1, 9000)[1])
+    torn[4096:8192] = bytes(4096)
+    log.write_bytes(line(0)[1] + torn + line(2)[1])
+    with sw.Journal(log, said.append) as journal:
+        assert [journal.append(*line(n, 9000 * (n == 1))) for n in range(3)] == [False, True, False]
+    assert len(said) == 1 and "lines that hold NULs (a crash?): 1;" in said[0]
+
+
+def test_what_others_wrote_over_a_refused_batch_stays(log, monkeypatch):
+    real, others = os.write, b"x" * 9000
+    with sw.Journal(log) as journal:
+        assert journal.append(*line(0))
+        monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:9000]))
+        monkeypatch.setattr(sw.LogFile, "mend", lambda _: real(-1, b""))  # it cannot be blanked now
+        with pytest.raises(sw.JournalError, match="9000 of"):
+            journal.append(*line(1, 20_000))
+        monkeypatch.undo()
+        with open(log, "r+b") as file:
+            file.seek(4096)
+            file.write(others)
+        assert journal.append(*line(1, 20_000))
+    first, blank_and_others, last = log.read_bytes().splitlines(True)
+    assert (first, last) == (line(0)[1], line(1, 20_000)[1])
+    assert blank_and_others == b" " * (4096 - len(first)) + others + b"\n"
+
+
+# Each row: what stands at the path, and what is said of it.
+@pytest.mark.parametrize(("kind", "said"), [
+    ("folder", "it is a folder; a log is a regular file"),
+    ("pipe", "it is a named pipe"),
+    ("device", "it is a device"),
+    ("archive", "it is compressed"),
+    ("no folder", "No such file"),
+])
+def test_what_cannot_be_a_log_is_named_and_refused(log, kind, said):
+    make = {"folder": log.mkdir, "pipe": lambda: os.mkfifo(log), "device": lambda: log.symlink_to("/dev/full"),
+            "archive": lambda: log.write_bytes(NOT_OURS["archive"]), "no folder": lambda: None}
+    make[kind]()
+    with pytest.raises(sw.JournalError, match=said):
         sw.Journal(log / "x" if kind == "no folder" else log)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() or not shutil.which("mount"), reason="mounts a file")
+def test_a_mounted_log_that_was_removed_outside_takes_nothing(log):
+    (outside := log.with_name("outside.jsonl")).touch()
+    log.touch()
+    subprocess.run(["mount", "--bind", outside, log], check=True)
+    try:
+        with sw.Journal(log) as journal:
+            assert journal.append(*line(0))
+            outside.unlink()
+            for act in (lambda: journal.append(*line(1)), journal.check, lambda: sw.Journal(log)):
+                with pytest.raises(sw.JournalError, match="mount the folder"):
+                    act()
+            assert log.read_bytes() == line(0)[1]
+    finally:
+        subprocess.run(["umount", log], check=True)
+
+
+def test_a_dangling_link_gets_its_target_made_in_a_synced_folder(log, monkeypatch):
+    real, synced = os.fsync, []
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.fstat(fd).st_ino), real(fd)))
+    folder = log.with_name("folder")
+    folder.mkdir()
+    log.symlink_to(folder / "events")
+    with sw.Journal(log) as journal:
+        assert journal.append(*line(0))
+        (folder / "events").rename(folder / "events.1")
+        assert journal.append(*line(1)) and not journal.append(*line(0))
+    assert (folder / "events").read_bytes() == line(1)[1] and log.is_symlink()
+    assert set(synced) == {folder.stat().st_ino}
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
+@pytest.mark.parametrize(("module", "call", "said"), [
+    (sw.fcntl, "flock", "nothing keeps a second receiver off"),
+    (os, "fsync", "a power cut can take a log that was just begun"),
+])
+def test_a_filesystem_without_locks_or_folder_syncs_is_warned_about(
+        log, monkeypatch, module, call, said, code):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    warnings = []
+    monkeypatch.setattr(module, call, refuse)
+    with sw.Journal(log, warnings.append) as journal:
+        assert journal.append(*line(0))
+    assert len(warnings) == 1 and said in warnings[0]
+
+
+@pytest.mark.parametrize(("code", "synced"), [(errno.ENOTSUP, True), (errno.EIO, False)])
+def test_where_macos_cannot_sync_fully_fsync_does(log, monkeypatch, code, synced):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    calls = []
+    monkeypatch.setattr(sw.fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(sw.fcntl, "fcntl", refuse)
+    monkeypatch.setattr(os, "fdatasync", calls.append)
+    with contextlib.suppress(sw.JournalError), sw.Journal(log) as journal:
+        journal.append(*line(0))
+    assert bool(calls) == synced
+
+
+@pytest.mark.parametrize(("mode", "warned"), [(0o600, False), (0o640, False), (0o644, True)])
+def test_a_log_that_others_can_read_is_warned_about(log, mode, warned):
+    said = []
+    log.touch()
+    log.chmod(mode)
+    sw.Journal(log, said.append).close()
+    assert ["chmod o-r" in text for text in said] == [True] * warned
 
 
 def test_rotation_by_rename_and_by_copytruncate_is_followed(log):
@@ -1073,7 +1303,7 @@ WHOLE = line(0)[1] + line(1)[1]
 
 
 @pytest.mark.parametrize(("changed", "kept"), [
-    (WHOLE + b"foreign", WHOLE + b" " * 7 + b"\n"), (WHOLE + b"foreign\n", WHOLE + b"foreign\n"), (WHOLE[:-1], WHOLE),
+    (WHOLE + b"foreign", WHOLE + b"foreign\n"), (WHOLE + b"foreign\n", WHOLE + b"foreign\n"), (WHOLE[:-1], WHOLE),
     (line(0)[1] + b'{"spec', line(0)[1] + b" " * 6 + b"\n"), (b"", b"")], ids=["part of a line", "a line", "no newline", "cut", "emptied"])
 def test_a_log_that_others_change_gets_whole_lines_all_the_same(log, changed, kept):
     with sw.Journal(log) as journal:
@@ -1161,51 +1391,41 @@ def test_a_sync_that_fails_or_a_fault_is_final(log, monkeypatch, call, error):
     assert not log.read_bytes().strip()
 
 
-def test_a_fault_while_a_batch_is_settled_is_final_and_keeps_nobody_waiting(log, monkeypatch):
-    class Line(bytes):
-        """A line whose length can be asked for once."""
-
-        answers = [1]
-
-        def __len__(self):
-            return self.answers.pop()
-
+def test_a_fault_while_a_batch_is_settled_is_final(log, monkeypatch):
     def fail(*_):
-        raise OSError(errno.EIO, "I/O error")
+        raise MemoryError
 
     ended = threading.Event()
     with sw.Journal(log) as journal:
         journal.on_final = ended.set
-        monkeypatch.setattr(os, "write", fail)
-        for act in (lambda: journal.append(line(1)[0], Line(line(1)[1]), 20), lambda: journal.append(*line(2), 20), journal.check):
-            begun = time.monotonic()
-            with pytest.raises(sw.JournalError, match="IndexError"):
+        monkeypatch.setattr(journal, "_remember", fail)
+        for act in (lambda: journal.append(*line(1)), lambda: journal.append(*line(2)), journal.check):
+            with pytest.raises(sw.JournalError, match="MemoryError"):
                 act()
-            assert time.monotonic() - begun < 10
         assert ended.wait(10)
 
 
-def test_the_check_tries_a_line_as_long_as_the_refused_one(log, monkeypatch):
+def test_a_check_needs_room_for_a_whole_block(log, monkeypatch):
     real = os.write
 
-    def full(descriptor, data):  # as ext4 is: there is still room in the file's last block, but not for a further block
-        if len(data) > 100:
+    def full(descriptor, data):  # as ext4 is: there is room in the file's last block, but no further block
+        if len(data) > 1000:
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(descriptor, data)
 
     with sw.Journal(log) as journal:
-        monkeypatch.setattr(sw.os, "write", full)
-        for call in (lambda: journal.append(*line(1)), journal.check, journal.check):
+        monkeypatch.setattr(os, "write", full)
+        for act in (lambda: journal.append(*line(1, 1000)), journal.check, journal.check):
             with pytest.raises(sw.JournalError, match="No space"):
-                call()
+                act()
         monkeypatch.undo()
         journal.check()
-        assert journal.append(*line(1))
-        monkeypatch.setattr(sw.os, "write", full)
-        for call in (lambda: journal.append(*line(2)), journal.check):  # the blank line of the check before is no duplicate
+        monkeypatch.setattr(os, "write", full)
+        journal.check()  # it writes nothing while all is well
+        for act in (lambda: journal.append(*line(1, 1000)), journal.check):
             with pytest.raises(sw.JournalError, match="No space"):
-                call()
-    assert [text for text in log.read_bytes().splitlines(True) if text.strip()] == [line(1)[1]]
+                act()
+    assert log.read_bytes() == b" " * 4095 + b"\n"
 
 
 @pytest.fixture
@@ -1268,24 +1488,25 @@ def test_an_append_that_gave_up_keeps_nobody_asleep(journal, stall):
     assert results == [True] * 11 and not journal.append(*line(1))
 
 
-def test_an_append_that_is_given_up_can_still_land(log, journal, stall):
+def test_an_append_that_close_waits_no_longer_for_can_still_land(log, journal, stall, monkeypatch):
     syncing, go_on = stall
     results = []
 
     def append():
-        try:
-            results.append(journal.append(*line(1)))
-        except sw.JournalError as error:
-            results.append(str(error))
+        with pytest.raises(sw.JournalError, match="before the receiver had to stop"):
+            journal.append(*line(1))
+        results.append("refused")
 
-    (thread,) = gather(1, append)
+    threads = gather(1, append)
     assert syncing.wait(30)
-    journal.give_up("it had to stop")
-    thread.join(30)
-    assert results == ["it had to stop"]
+    monkeypatch.setattr(sw, "CLOSE_SECONDS", 0.1)
+    journal.close()
+    threads[0].join(30)
+    assert results == ["refused"]
     go_on.set()
-    assert journal.append(*line(2)) and not journal.append(*line(1))
-    assert log.read_bytes() == line(1)[1] + line(2)[1]
+    shutil.copy(log, copy := log.with_suffix(".copy"))
+    with sw.Journal(copy) as again:
+        assert not again.append(*line(1))
 
 
 def test_what_waited_for_a_sync_that_failed_is_refused_too(log, monkeypatch):
@@ -3120,8 +3341,9 @@ WRONG_STARTS = [
     ("--port 65536", "--port"), ("--port 8_0", "--port"), ("--port \u0663", "--port"),
     ("--leeway -1", "--leeway"), ("--max-body 0", "--max-body"), ("--max-connections x", "--max-connections"),
     ("--request-timeout 0", "--request-timeout"), ("--path hook", "--path"), ("--path /healthz", "--path"), ("--host 192.0.2.1", "--host"),
-    ("--host no.such.host.invalid", "no.such.host"), ("--log /dev/null", "regular file"), ("--log no/folder/log", "No such file"),
+    ("--host no.such.host.invalid", "no.such.host"), ("--log /dev/null", "it is a device"), ("--log no/folder/log", "No such file"),
     ("--env-file missing.env", "missing.env"), ("--env-file bad.env", "line 2"), ("--env-file nul.env", "NUL"),
+    ("--max-body 16777217", "--max-body"), ("--log cut", "no log of this program"),
     ("--behind-proxy", "--cert"),
     ("--frobnicate", "--frobnicate"), ("--por 1", "--por"), ("extra", "extra"), ("--\x1b[2J\u202e", "--\\x1b[2J\\u202e"),
     ("SKYPE_API_KEY=", "SKYPE_API_KEY"), ("SKYPE_API_SECRET=", "SKYPE_API_SECRET"),
@@ -3232,7 +3454,7 @@ def test_a_sync_that_fails_before_there_is_a_server_ends_it_too(tmp_path, monkey
         if log.read_bytes().endswith(b"\n"):
             raise OSError(errno.EIO, "I/O error")
 
-    log.write_bytes(b"torn")
+    log.write_bytes(b'{"spec')
     monkeypatch.chdir(tmp_path)
     for name, value in OURS.items():
         monkeypatch.setenv(name, value)
