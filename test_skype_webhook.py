@@ -842,7 +842,8 @@ def seconds_of(date):
 def is_valid(text, body, now):
     segments = text.encode().split(b".")
     try:
-        parts = [base64.b64decode(segment + b"=" * (-len(segment) % 4), b"-_", validate=True) for segment in segments]
+        standard = [segment.translate(bytes.maketrans(b"-_", b"+/")) + b"=" * (-len(segment) % 4) for segment in segments]
+        parts = [base64.b64decode(segment, validate=True) for segment in standard]
         header, claims = (decode(part.decode()) for part in parts[:2])
         assert len(text) <= 8192 and len(segments) == 3 and all(segments) and [*map(base64url, parts)] == segments
         assert segments[2] == base64url(hmac.new(SECRET, b".".join(segments[:2]), "sha256").digest())
@@ -2609,7 +2610,9 @@ def test_a_proxy_and_the_receiver_see_the_same_requests(serve, start, tmp_path, 
     assert server.stop() == 0
     requests = re.findall(r"^([^|\n]+)\|([^|\n]+)\|(.*)$", (tmp_path / "requests").read_bytes().decode("latin-1"), re.MULTILINE)
     handed_on = [(request, status) for receiver, status, request in requests if receiver not in ("-", "<NOSRV>")]
-    assert len(handed_on) == sum(map(int, re.search(r"(\d+) recorded, (\d+) duplicate, (\d+) refused", server.stderr()).groups())) > 200
+    answered = sum(map(int, re.search(r"(\d+) recorded, (\d+) duplicate, (\d+) refused", server.stderr()).groups()))
+    given_up = server.stderr().count("the request ended before it was whole")  # HAProxy 3 begins a CONNECT with a body
+    assert len(handed_on) == answered - given_up > 200
     assert {status for request, status in handed_on if request == "POST /?next HTTP/1.1"} == {"200"}
 
 
@@ -2762,6 +2765,12 @@ class Stream(Peer):
             if name:
                 found[name] = value
         return int(found.get("id", -1)), found.get("event", "message"), json.loads(found["data"])
+
+
+def view_status(server):
+    """Return the status that one more viewer gets, who then leaves."""
+    with Stream(server.port) as stream:
+        return stream.status
 
 
 def test_without_a_password_there_is_no_live_view(serve):
@@ -2934,11 +2943,11 @@ def test_sixteen_viewers_take_no_sender_s_place_and_do_not_delay_the_end(serve):
     with contextlib.ExitStack() as stack:
         streams = [stack.enter_context(Stream(server.port)) for _ in range(16)]
         assert [stream.status for stream in streams] == [200] * 16
-        assert Stream(server.port).status == 503
+        assert view_status(server) == 503
         assert server.deliver(event())[0] == 200
         streams[-1].next()  # so that nothing is left unread, which would reset the connection
         streams.pop().close()
-        assert until(lambda: Stream(server.port).status == 200, 10)
+        assert until(lambda: view_status(server) == 200, 10)
         begun = time.monotonic()
         assert server.stop() == 0 and time.monotonic() - begun < 10
 
@@ -2947,8 +2956,8 @@ def test_a_viewer_that_takes_nothing_loses_its_place(serve):
     server = serve("--request-timeout", "0.5", SKYPE_VIEW_PASSWORD=PASSWORD, limits={"VIEWERS": 1, "VIEW_BYTES": 2**25})
     server.log.write_bytes(b"".join(line(number, 2**20)[1] for number in range(20)))  # more than the kernel takes for it
     with Stream(server.port) as stream:
-        assert stream.status == 200 and Stream(server.port).status == 503
-        assert until(lambda: Stream(server.port).status == 200, 5)
+        assert stream.status == 200 and view_status(server) == 503
+        assert until(lambda: view_status(server) == 200, 5)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="needs Linux' /proc")
