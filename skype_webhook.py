@@ -10,7 +10,7 @@ The promise: 200 means that the event is on disk, once. The path of one request 
 back once:
 
     accept            Receiver: TCP only; a place is found or made
-      thread          Receiver: deadline set, TLS handshake
+      thread          Receiver: the deadline runs; TLS handshake
       head            Handler: strict framing, bounded; then the token (checks 1 to 3)
       body            Handler: read only now; then check 4
       pure            parse_event -> format_line                or Rejected -> 4xx, from any of the above
@@ -48,6 +48,7 @@ import socket
 import socketserver
 import ssl
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -89,8 +90,14 @@ ANSWER_SECONDS = 28.0             # from a request's first byte: a slow one leav
 CHECK_SECONDS = 2.0               # a load balancer gives its check less time than a sender its event
 DRAIN_SECONDS = 3.0               # how long a refused peer may go on sending before it is cut off
 DRAIN_BYTES = 8 * 2**20           # and how much
+DRAIN_READ = 64 * 1024            # bytes a read of those: with 4 KiB, 256 such peers made good ones wait for seconds
+IDLE_SECONDS = 150.0              # between requests of a proven sender: senders and proxies keep connections for 60 to 120 s
+FRUITLESS_ANSWERS = 8             # in a row, none of which recorded an event or found it recorded; then the connection ends
+KEY_UPDATE_BYTES = 8 * 27         # eight key updates of TLS 1.3, as AES-GCM and ChaCha20 send them
+LARGE_BODY = 32 * 1024            # bytes; larger ones are parsed one at a time. The documented event has 300
 STOP_SECONDS = 10.0               # for answers after SIGTERM; the exit is due within 15 s
 STOP_GRACE = 1.0                  # the part of it in which senders may finish what they have begun
+CUT_SECONDS = 0.5                 # for connections that were cut to leave
 CLOSE_SECONDS = 2.0               # for the last batch after that
 LOOK_SECONDS = 2.0                # between two looks at the certificate's files
 CLOCK_HINT = 300.0                # seconds; a token this near its time was refused for a wrong clock
@@ -99,13 +106,17 @@ READ_BACK = 2**20                 # bytes of the log read at once at start
 STDERR_SECONDS = 0.5              # for whoever reads stderr to take some of it
 REPORT_PAUSE = 0.02               # seconds; lines of deliveries wait this long for others
 REPORT_LIMIT = 10_000             # lines kept for a stderr that does not take them
+REFUSALS_TOLD = 100               # lines a second; one peer could fill a disk with them
+COMPLAINT_SECONDS = 10.0          # between two lines of the same complaint
 VIEWERS = 16                      # live views at once, besides the connections: people, not senders
 VIEW_BYTES = 2**20                # of the log that a new viewer gets: some 1,600 events
 VIEW_PAUSE = 0.2                  # seconds between two looks of a viewer, however many events come
 HEARTBEAT_SECONDS = 15.0          # between two on an event stream; proxies close a silent one after 60
-WRONG_PASSWORDS = 30              # a minute from one address; the next attempts are not even looked at
-WRONG_ADDRESSES = 10_000          # remembered at once
+WRONG_PASSWORDS = 30              # a minute from one network; the next attempts are not even looked at
+WRONG_PASSWORDS_IN_ALL = 1_000    # a minute from all networks that the right one has not come from
+KNOWN_NETWORKS = 1_000            # that the right one has come from
 ACCEPT_QUEUE = 1024               # connections the kernel keeps for us while we accept
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # what another connection's end mends
 
 
 # --- Errors: each knows its answer ---
@@ -138,41 +149,130 @@ def _why(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
-# --- The operator's line: stderr only ---
+# --- The operator's lines: stderr only ---
 
 
-@lru_cache(maxsize=2)  # only the first event of a second pays
+@lru_cache(maxsize=2)  # only the first line of a second pays
 def _format_second(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat()[:19]
 
 
 def printable(text: str) -> str:
     """Return `text` with all that could move a cursor or hide text (controls, bidi marks) escaped."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def stamp(message: str) -> str:
-    """Return the operator's line for `message`, as of now (UTC, to the millisecond)."""
-    now = time.time()
-    return f"{_format_second(int(now))}.{int(now * 1000) % 1000:03d}Z {printable(message)}\n"
+def format_report(when: float, message: str) -> str:
+    """Return the operator's line for `message`; `when` is in Unix seconds (UTC, to the millisecond)."""
+    return f"{_format_second(int(when))}.{int(when * 1000) % 1000:03d}Z {printable(message)}\n"
 
 
-def write_lines(lines: Sequence[str]) -> None:
-    """Write lines to stderr by one write. If it is closed, full or not read, they are lost: no event and no stop waits for it."""
+def describe_fault(error: BaseException) -> str:
+    """Return the kind and the place of a fault of ours. Its text is left out: it could hold anything."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"fault {type(error).__name__} in {place.name}, line {place.lineno}: please report it"
+
+
+def write_stderr(lines: Sequence[str]) -> None:
+    """Write lines to stderr by one write. If it is closed, full or not read, they are lost."""
     with contextlib.suppress(OSError):
         if os.name != "posix" or select.select((), (2,), (), STDERR_SECONDS)[1]:
             os.write(2, "".join(lines).encode("utf-8", "backslashreplace"))
 
 
-def tell(message: str) -> None:
-    """Write one line to stderr now; the lines of deliveries go by `Receiver.reports`."""
-    write_lines([stamp(message)])
+class Reporter:
+    """The owner of stderr: a queue of lines, and one thread that writes them.
+
+    So no peer, no event and no stop waits for a stderr that nobody reads: a line that a peer caused
+    is dropped while REPORT_LIMIT others wait. Of the refusals of one second, REFUSALS_TOLD are written;
+    how many more there were is written in one line when that second is over.
+
+    `_starting` guards the start of the thread; `_second` and `_refusals` are the thread's alone.
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[tuple[float, str, str] | threading.Event] = queue.SimpleQueue()
+        self._starting = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._second = 0    # Unix time, of the last refusal
+        self._refusals = 0  # in that second
+
+    def tell(self, message: str, kind: str = "") -> None:
+        """Have one line written, as of now; `kind` is the outcome, where it is a peer that caused it."""
+        if kind and self._queue.qsize() >= REPORT_LIMIT:
+            return
+        self._queue.put((time.time(), kind, message))
+        if self._thread is None:
+            self._start()
+
+    def flush(self) -> None:
+        """Wait until all lines so far have been written, but not for long if stderr is not read."""
+        if self._thread is not None:
+            written = threading.Event()
+            self._queue.put(written)
+            written.wait(3 * STDERR_SECONDS)
+
+    def _start(self) -> None:
+        with self._starting, contextlib.suppress(RuntimeError):  # no thread to be had now: the next line tries
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="reporter", daemon=True)
+                thread.start()
+                self._thread = thread
+
+    def _run(self) -> None:
+        """Write lines as they come: the life of the thread. A fault costs the lines at hand alone."""
+        while True:
+            try:
+                self._write(self._next_entries())
+            except Exception as fault:
+                write_stderr([format_report(time.time(), f"reporter {describe_fault(fault)}")])
+
+    def _next_entries(self) -> list[tuple[float, str, str] | threading.Event]:
+        """Return what is queued, or nothing when a second with untold refusals may be over."""
+        try:
+            first = self._queue.get(timeout=1.0 if self._refusals > REFUSALS_TOLD else None)
+        except queue.Empty:
+            return []
+        time.sleep(REPORT_PAUSE)  # lines are written together: one by one they take a seventh of the rate
+        return [first, *(self._queue.get() for _ in range(self._queue.qsize()))]  # nobody else takes any
+
+    def _write(self, entries: Sequence[tuple[float, str, str] | threading.Event]) -> None:
+        lines: list[str] = []
+        flushes: list[threading.Event] = []
+        for entry in entries:
+            if isinstance(entry, threading.Event):
+                flushes.append(entry)
+            else:
+                self._add(lines, *entry)
+
+        if flushes or int(time.time()) != self._second:
+            self._end_second(lines)
+        if lines:
+            write_stderr(lines)
+        for flush in flushes:
+            flush.set()
+
+    def _add(self, lines: list[str], when: float, kind: str, message: str) -> None:
+        if kind == "refused":
+            if int(when) != self._second:
+                self._end_second(lines)
+                self._second = int(when)
+            self._refusals += 1
+            if self._refusals > REFUSALS_TOLD:
+                return
+        lines.append(format_report(when, message))
+
+    def _end_second(self, lines: list[str]) -> None:
+        untold = self._refusals - REFUSALS_TOLD
+        self._refusals = 0
+        if untold > 0:
+            lines.append(format_report(time.time(), f"{untold} more refused; {REFUSALS_TOLD} a second are written"))
 
 
-def tell_fault(error: BaseException, who: str) -> None:
-    """Tell of a fault of ours. Its text could hold anything, so only its kind and place are told."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    tell(f"{who} fault {type(error).__name__} in {place.name}, line {place.lineno}: please report it")
+REPORTER = Reporter()  # one for the process, as is stderr
+tell = REPORTER.tell
 
 
 # --- Settings: what can be set, in the environment or an env file; the command line stands last ---
@@ -707,7 +807,8 @@ _TOKEN_CHARS = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rf"({_TOKEN_CHARS}) ([!-~]+) HTTP/([0-9])\.([0-9])")
 _FIELD_LINE = re.compile(_TOKEN_CHARS + r":[\t -~\x80-\xff]*")  # no space before the colon, no fold, no bare CR, LF or NUL
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+;=-]*)(?::[0-9]*)?")
-_ABSOLUTE = re.compile(r"\Ahttps?://[^/?#]+", re.IGNORECASE)
+_ABSOLUTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]+")
+_OUR_ABSOLUTE = re.compile(r"\Ahttps?://[^/?#]+", re.IGNORECASE)
 _QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 _EXTENSION = rf"[ \t]*;[ \t]*{_TOKEN_CHARS}(?:[ \t]*=[ \t]*(?:{_TOKEN_CHARS}|{_QUOTED}))?"
 _CHUNK_LINE = re.compile(f"([0-9A-Fa-f]+)(?:{_EXTENSION})*")
@@ -726,7 +827,7 @@ class Head(NamedTuple):
     length: int | None
 
     def persistent(self) -> bool:
-        """Tell whether the sender wants to keep the connection (RFC 9112 section 9.3)."""
+        """Return whether the sender wants to keep the connection (RFC 9112 section 9.3)."""
         options = [option.strip() for option in self.fields.get("connection", "").lower().split(",")]
         return "close" not in options and (self.minor > 0 or "keep-alive" in options)
 
@@ -775,7 +876,10 @@ def _parse_request_line(line: str) -> tuple[str, str, str, int]:
     method, target, major, minor = match.groups()
     if major != "1":
         raise Rejected(505 if major >= "2" else 400, "only HTTP/1.1 and HTTP/1.0 are spoken here")
-    path, _, query = _ABSOLUTE.sub("", target).partition("?")
+    absolute = _ABSOLUTE.match(target)
+    if not (absolute or target.startswith("/") or (method, target) == ("OPTIONS", "*")):
+        raise Rejected(400, "the request target is neither a path nor an absolute URL (RFC 9112 section 3.2)")
+    path, _, query = _OUR_ABSOLUTE.sub("", target).partition("?")
     return method, path or "/", query, int(minor)
 
 
@@ -1376,6 +1480,26 @@ class Journal:
 _REASONS = http.client.responses
 
 
+class ConnectionEnded(Exception):
+    """Nothing more comes from a connection; the subclass says why."""
+
+
+class Disconnected(ConnectionEnded):
+    """The peer has ended or reset it, does not take what is sent, or broke TLS."""
+
+
+class DeadlineExceeded(ConnectionEnded):
+    """The peer was silent until the deadline."""
+
+
+class Stopped(ConnectionEnded):
+    """The receiver stops, and all that had arrived has been read."""
+
+
+class Evicted(ConnectionEnded):
+    """Another connection needed its place."""
+
+
 @lru_cache(maxsize=2)
 def _http_date(second: int) -> str:
     return formatdate(second, usegmt=True)
@@ -1383,60 +1507,150 @@ def _http_date(second: int) -> str:
 
 def format_head(status: int, length: int | None, media_type: str, fields: Sequence[tuple[str, str]]) -> bytes:
     """Return the head of an answer; where `length` is None, the content ends with the connection."""
-    lines = [f"HTTP/1.1 {status} {_REASONS[status]}", "Server: skype_webhook", f"Date: {_http_date(int(time.time()))}",
-             f"Content-Type: {media_type}", *(f"{name}: {value}" for name, value in fields)]
+    lines = [
+        f"HTTP/1.1 {status} {_REASONS[status]}",
+        "Server: skype_webhook",
+        f"Date: {_http_date(int(time.time()))}",
+        f"Content-Type: {media_type}",
+        *(f"{name}: {value}" for name, value in fields),
+    ]
     if length is not None:
         lines.append(f"Content-Length: {length}")
     return "\r\n".join([*lines, "\r\n"]).encode("latin-1")
 
 
+PROXY_PROTOCOL = "the PROXY protocol"
+NO_PROXY_PROTOCOL = "the PROXY protocol is not spoken here; turn it off in the proxy (send-proxy, proxy_protocol)"
+_PROXY_PROTOCOL = (b"PROXY ", b"\r\n\r\n\0\r\nQUIT\n")  # how its versions 1 and 2 begin
+
+
+def name_protocol(first: bytes) -> str | None:
+    """Return what a peer speaks that begins with these bytes, or None if it can be TLS."""
+    if first.startswith(_PROXY_PROTOCOL):
+        return PROXY_PROTOCOL
+    if b"A" <= first[:1] <= b"Z":  # a method; TLS begins with byte 22
+        return "plain HTTP"
+    return None
+
+
 class Connection:
-    """An accepted socket, TLS over it, and what the server must know to take its place away.
+    """An accepted socket, TLS over it, and its deadline.
 
-    The server calls it a link; socketserver, and so the handler, `request`.
+    TLS works on two buffers, and the socket stays our own. So one read of the socket does what an
+    SSLSocket takes three for, and another thread can shut the socket down (SSLSocket.shutdown would
+    clear its TLS state).
 
-    TLS works on two buffers, and the socket is our own: one read brings what an SSLSocket takes three for, and another thread
-    can shut it down (SSLSocket.shutdown would clear its TLS state).
+    Only the connection's own thread reads and writes. It keeps the deadline itself: the time left is
+    the timeout of its next read, so a peer that sends a byte a second gains nothing by it.
 
-    `since` is the monotonic time from which the peer keeps us waiting: for its request, or to take its answer;
-    infinite while its event is being stored. Whoever sets it to infinity, or cuts the connection, holds `Receiver.changed`.
-    `proven` tells that it has delivered a verified event.
+    `since`, `deadline`: monotonic time; from when and until when the peer is waited for.
+    `storing`: its event is verified and not answered yet. `proven`: it has delivered a verified event.
+    `interruption`: why another thread has ended it. `Receiver.changed` guards `storing` and
+    `interruption`, so that a connection is never evicted while its event is being stored.
     """
 
-    __slots__ = ("answering", "incoming", "is_cut", "outgoing", "peer", "proven", "since", "socket", "tls")
-
-    def __init__(self, accepted: socket.socket, address: Any) -> None:
-        host = address[0].removeprefix("::ffff:") if "." in address[0] else address[0]  # IPv4 on a dual-stack listener
+    def __init__(self, accepted: socket.socket, address: Any, seconds: float) -> None:
+        host = address[0]
+        if "." in host:  # IPv4, also on a listener for both families
+            host = host.removeprefix("::ffff:")
+        self.host: str = host
+        self.peer = f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
         self.socket = accepted
         self.tls: ssl.SSLObject | None = None
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self.peer = f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
-        self.since = time.monotonic()
-        self.answering = self.is_cut = self.proven = False
+        self.timeouts: dict[int, float] = {}  # of the socket, in seconds, by option
+        self.storing = self.proven = False
+        self.interruption: type[ConnectionEnded] | None = None
+        self.tls_allowance = math.inf  # bytes that TLS may say of itself before the peer's next content
+        self.wait_for(seconds)
 
-    def handshake(self, context: ssl.SSLContext) -> bool:
-        """Speak TLS from now on, or return False for plain HTTP, which begins with a capital letter. Raise OSError."""
-        first = self.socket.recv(READ_SIZE)
-        if b"A" <= first[:1] <= b"Z":
-            return False
-        self.socket.getpeername()  # raises if the peer has reset the connection meanwhile: a handshake would cost 0.2 ms
+    def wait_for(self, seconds: float) -> None:
+        """Give the peer so many seconds from now, for whatever it is waited for."""
+        self.since = time.monotonic()
+        self.deadline = self.since + seconds
+        self.storing = False
+
+    def interrupt(self, why: type[ConnectionEnded]) -> None:
+        """Have the connection's thread raise `why`, from another thread.
+
+        A stop lets it read first what has arrived, and answer it; an eviction ends everything.
+        """
+        self.interruption = why
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RD if why is Stopped else socket.SHUT_RDWR)
+
+    def handshake(self, context: ssl.SSLContext) -> str | None:
+        """Speak TLS from now on, and return None; or return what the peer speaks instead.
+
+        Raise ConnectionEnded, or ssl.SSLError where the peer's TLS is not ours.
+        """
+        first = self._read_socket()
+        spoken = name_protocol(first)
+        if spoken is not None:
+            return spoken
+        try:
+            self.socket.getpeername()  # raises if the peer has reset it: a handshake would cost 0.2 ms
+        except OSError:
+            raise Disconnected from None
+
         self.incoming.write(first)
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
         self._advance(self.tls.do_handshake)
         if not self.incoming.pending:
-            self.acknowledge()  # in TLS 1.3 we send nothing after the peer's Finished that could carry it
-        return True
+            self.acknowledge()  # in TLS 1.3, nothing that we send after the peer's Finished could carry it
+        self.tls_allowance = KEY_UPDATE_BYTES
+        return None
 
-    def _fetch(self) -> None:
-        """Let TLS have what the peer sends next, or its end."""
-        received = self.socket.recv(READ_SIZE)
-        if received:
-            self.incoming.write(received)
-        else:
-            self.incoming.write_eof()
+    def receive(self) -> bytes:
+        """Return what the peer sends next, at least a byte; raise ConnectionEnded."""
+        tls = self.tls
+        if tls is None:
+            return self._read_socket()
+
+        if not (self.incoming.pending or tls.pending()):
+            self.incoming.write(self._read_socket())  # without data, the step would only raise
+        try:
+            content = bytes(self._advance(lambda: tls.read(READ_SIZE)))
+        except ssl.SSLError:
+            raise Disconnected from None
+        if not content:  # the peer's closure alert
+            raise self.interruption or Disconnected
+        self.tls_allowance = KEY_UPDATE_BYTES
+        return content
+
+    def _read_socket(self) -> bytes:
+        """Return what comes next, at the latest at the deadline; what is there then is read all the same."""
+        while True:
+            self._set_timeout(socket.SO_RCVTIMEO, self.deadline - time.monotonic())
+            try:
+                received = self.socket.recv(READ_SIZE)
+            except (BlockingIOError, socket.timeout):
+                if time.monotonic() >= self.deadline:
+                    raise self.interruption or DeadlineExceeded from None
+                continue
+            except OSError:
+                received = b""
+            if not received:
+                raise self.interruption or Disconnected
+            return received
+
+    def _set_timeout(self, option: int, seconds: float) -> None:
+        """Have each read (SO_RCVTIMEO) or write (SO_SNDTIMEO) end after so many seconds, or at once for 0.
+
+        These are the kernel's timeouts, and set again only when they are off by more than three per
+        cent. A timeout of Python's own takes a poll, and another turn of the interpreter lock, for each
+        read and write: a seventh of the CPU of an event.
+        """
+        seconds = max(seconds, 0.001)  # 0 would mean: no timeout
+        if os.name != "posix":  # Windows takes another structure
+            self.socket.settimeout(seconds)
+        elif abs(self.timeouts.get(option, 0.0) - seconds) > seconds / 32:
+            self.timeouts[option] = seconds
+            with contextlib.suppress(OSError):  # the peer has gone: the next call says so
+                self.socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
 
     def _advance(self, step: Callable[[], Any]) -> Any:
-        """Return what a step of TLS returns: give it what the peer sends as long as it asks, and send what it has to say."""
+        """Return what a step of TLS returns: feed it as long as it asks, and send what it has to say."""
         while True:
             try:
                 return step()
@@ -1444,165 +1658,241 @@ class Connection:
                 pass
             finally:
                 if self.outgoing.pending:
-                    self.send(b"")
-            self._fetch()
+                    self._speak_tls()
+            self.incoming.write(self._read_socket())
 
-    def receive(self) -> bytes:
-        """Return what the peer sends next, b"" at its end; raise OSError."""
-        tls = self.tls
-        if tls is None:
-            return self.socket.recv(READ_SIZE)
-        if not (self.incoming.pending or tls.pending()):
-            self._fetch()  # without data the step would only raise, which costs more than to ask
-        return bytes(self._advance(lambda: tls.read(READ_SIZE)))
+    def _speak_tls(self) -> None:
+        """Send what TLS has to say of itself; raise Disconnected for a peer that only asks for that."""
+        self.tls_allowance -= self.outgoing.pending
+        if self.tls_allowance < 0:
+            raise Disconnected
+        self._transmit(self.outgoing.read(), self.deadline - time.monotonic())
 
-    def send(self, data: bytes, last: bool = False) -> None:
-        """Send all of `data`, and the closure alert of TLS after the `last`: `tls` is None from then on. Raise OSError."""
+    def send(self, data: bytes, seconds: float, last: bool = False) -> None:
+        """Send all of `data` within so many seconds, and the closure alert of TLS after the `last`.
+
+        Raise Disconnected where the peer does not take it. After the last, `tls` is None.
+        """
         if self.tls:
-            if data:  # before 3.10, nothing to write is an error after the peer's end
-                self.tls.write(data)
+            try:
+                if data:  # before 3.10, nothing to write is an error after the peer's end
+                    self.tls.write(data)
+            except ssl.SSLError:
+                raise Disconnected from None
             if last:
-                with contextlib.suppress(OSError):  # the peer's alert is not waited for
+                with contextlib.suppress(ssl.SSLError):  # the peer's alert is not waited for
                     self.tls.unwrap()
                 self.tls = None
             data = self.outgoing.read()
-        self.answering = True
-        self.socket.sendall(data)
-        self.answering = False
+        self._transmit(data, seconds)
 
-    def stop_reading(self) -> None:
-        """Let the connection's own thread read what has arrived, and then the end."""
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RD)
-
-    def cut(self) -> None:
-        """End the connection from another thread, without an answer."""
-        self.is_cut = True
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
+    def _transmit(self, data: bytes, seconds: float) -> None:
+        """Send all of `data`; raise Disconnected if that takes longer than so many seconds."""
+        end = time.monotonic() + seconds
+        while True:
+            self._set_timeout(socket.SO_SNDTIMEO, end - time.monotonic())
+            try:
+                sent = self.socket.send(data)
+            except OSError:
+                raise Disconnected from None
+            if sent == len(data):
+                return
+            data = data[sent:]
 
     def acknowledge(self) -> None:
-        """Acknowledge what has arrived now: until then, a sender with Nagle holds the rest back, for 40 ms as a rule."""
+        """Acknowledge what has arrived: until then, Nagle holds back the rest of it, for 40 ms as a rule."""
         if hasattr(socket, "TCP_QUICKACK"):
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+            with contextlib.suppress(OSError):  # the peer has gone: the next read says so
+                self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
     def more_has_arrived(self) -> bool:
-        """Tell, without waiting, whether bytes of the peer can be read."""
+        """Return, without waiting, whether there is something to read."""
+        if self.tls and (self.incoming.pending or self.tls.pending()):
+            return True
+        self._set_timeout(socket.SO_RCVTIMEO, 0)
         try:
-            return bool(self.tls and (self.incoming.pending or self.tls.pending())
-                        or self.socket.recv(1, socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0)))
+            return bool(self.socket.recv(1, socket.MSG_PEEK))
         except OSError:
             return False
 
     def end(self, unread: bool) -> None:
-        """Say that nothing follows. A close with `unread` data would be a reset, and the peer would never see its answer."""
-        with contextlib.suppress(OSError):
-            if self.tls:
-                self.socket.settimeout(0)
-                self.send(b"", last=True)
-        with contextlib.suppress(OSError):
-            if unread:
+        """Say that nothing follows. With `unread` data, a close alone would reset the connection, and
+        the peer would never see its answer: so it may go on sending for a while.
+        """
+        if self.tls:
+            with contextlib.suppress(Disconnected):
+                self.send(b"", 0, last=True)
+        if unread:
+            with contextlib.suppress(OSError):
                 self.socket.shutdown(socket.SHUT_WR)
                 self._drain()
 
     def _drain(self) -> None:
+        """Read and drop what comes, within DRAIN_SECONDS and DRAIN_BYTES; raise OSError."""
         end, left = time.monotonic() + DRAIN_SECONDS, DRAIN_BYTES
-        while left > 0 and (seconds := end - time.monotonic()) > 0:
-            self.socket.settimeout(seconds)
-            received = self.socket.recv(READ_SIZE)
+        dropped = bytearray(DRAIN_READ)
+        while left > 0:
+            self.socket.settimeout(max(0.0, end - time.monotonic()))
+            received = self.socket.recv_into(dropped)
             if not received:
                 return
-            left -= len(received)
+            left -= received
 
 
-def _forwarded_for(fields: dict[str, str]) -> str | None:
+# An IPv6 address in brackets, or an IPv4 address, with or without a port; or an IPv6 address alone. No zone.
+_FORWARDED = re.compile(
+    r"\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?|([0-9.]+)(?::[0-9]{1,5})?|([0-9A-Fa-f:.]+)")
+
+
+def forwarded_for(fields: dict[str, str]) -> str | None:
     """Return the address that the proxy itself has seen: the last of X-Forwarded-For, if it is one."""
-    last = fields.get("x-forwarded-for", "").rpartition(",")[2].strip(" \t")
+    match = _FORWARDED.fullmatch(fields.get("x-forwarded-for", "").rpartition(",")[2].strip(" \t"))
+    if not match:
+        return None
     try:
-        return str(ipaddress.ip_address(last))
+        return str(ipaddress.ip_address(match[1] or match[2] or match[3]))
     except ValueError:
         return None
+
+
+def allowed_methods(path: str, settings: Settings) -> list[str]:
+    """Return the methods that a path takes: none where there is nothing."""
+    viewed = bool(settings.view_password) and path in ("/", "/events")
+    methods = ["GET", "HEAD"] if viewed or path == "/healthz" else []
+    if path == settings.path:
+        methods.append("POST")
+    return methods
+
+
+def idle_seconds(settings: Settings, proven: bool) -> float:
+    """Return how long a connection may be silent between two requests."""
+    return IDLE_SECONDS if proven or settings.behind_proxy else settings.request_timeout
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """Requests in, answers out, in order, for one connection.
 
-    `buffer` has been received, but not read yet; `unread` tells that the peer may still be sending this request; `started` is
-    when the request's time began; `first` until one was answered.
-
-    Only the loop of the base class is used: its reading of heads takes lines without a colon and ignores
-    Transfer-Encoding, and its answers are HTML.
+    The base class gives its loop and its names: `handle` calls `handle_one_request` until
+    `close_connection`, and a request is answered by `do_GET`, `do_HEAD` or `do_POST`. Its reading of
+    heads is not used, since it takes lines without a colon and ignores Transfer-Encoding; nor are its
+    answers, which are HTML.
     """
 
     request: Connection
     server: Receiver
 
     def setup(self) -> None:
-        self.buffer = b""
-        self.first = True
+        self.connection: Connection = self.request
+        self.buffer = b""    # received, and not read yet
+        self.idle = self.server.settings.behind_proxy  # else the first request's time runs since accept
+        self.fruitless = 0   # requests in a row that neither recorded an event nor found it recorded
+        self.unread = False  # more of the request may be on its way
 
     def finish(self) -> None:
-        self.request.end(self.unread)
+        self.connection.end(self.unread)
 
     def handle_one_request(self) -> None:
-        """Read one request and answer it; `close_connection` tells `handle` whether another can follow."""
-        self.close_connection, self.unread = True, False
-        self.method, self.keep_alive, self.peer = "", False, self.request.peer
-        if not self.begin():
+        """Read one request and answer it; raise Evicted."""
+        self.close_connection = True
+        if not self.await_request():
             return
-        self.unread = True
+        self.begin_request()
         try:
-            head = parse_head(self.read_section())
-            self.method = head.method
-            self.unread = head.length not in (None, 0)
-            self.close_connection = not head.persistent()
-            self.keep_alive = head.minor == 0
-            if self.server.settings.behind_proxy:
-                self.peer = _forwarded_for(head.fields) or self.peer
-            self.route(head)
+            self.read_head()
+            self.respond()
         except Rejected as refusal:
             self.refuse(refusal)
-        self.request.since = time.monotonic()
-        self.first = False
+        except ConnectionEnded as end:
+            if self.answered or isinstance(end, Evicted):
+                raise
+            self.refuse(self.incomplete(end))
+        except Exception as fault:
+            if self.answered:
+                raise
+            self.unread = True  # so that the connection is closed: nobody knows where the next request begins
+            self.refuse(Rejected(500, "the receiver has a fault; send it again"), describe_fault(fault))
 
-    def begin(self) -> bool:
-        """Wait for the first byte of a request; return False if the peer has none."""
-        while self.buffer in (b"", b"\r", b"\r\n"):
-            received = self.receive()
-            if not received:
-                return False
-            self.buffer += received
-        self.buffer = self.buffer.removeprefix(b"\r\n")  # old senders send one more after a body (RFC 9112 section 2.2)
-        if not self.first:  # the time of the first request runs since accept
-            self.request.since = time.monotonic()
-        self.started = self.request.since
+        self.idle = True
+        self.connection.wait_for(idle_seconds(self.server.settings, self.connection.proven))
+
+    def await_request(self) -> bool:
+        """Wait for the first byte of a request; return whether one has come."""
+        try:
+            while self.buffer in (b"", b"\r", b"\r\n"):
+                self.buffer += self.connection.receive()
+        except ConnectionEnded:
+            return False
         return True
 
-    def route(self, head: Head) -> None:
-        """Have the request answered by what stands at its path for its method; raise Rejected if that is nothing."""
-        methods = self.server.routes.get(head.path)
-        if methods is None:
-            raise Rejected(404, "there is nothing at this path")
-        if head.method not in methods:
-            raise Rejected(405, f"this path takes {', '.join(methods)} only", ("Allow", ", ".join(methods)))
-        methods[head.method](self, head)
+    def begin_request(self) -> None:
+        """Forget the request before, and take one look at the settings: it is judged by them alone."""
+        self.settings = self.server.settings
+        self.command = ""
+        self.unread = True
+        self.answered = False
+        self.fruitless += 1
+        self.name_client(None)
+        if self.idle:
+            self.connection.wait_for(self.settings.request_timeout)
 
-    def do_POST(self, head: Head) -> None:
+    def name_client(self, forwarded: str | None) -> None:
+        self.client_host = forwarded or self.connection.host
+        self.client_name = forwarded or self.connection.peer
+
+    def read_head(self) -> None:
+        """Read the head of a request; raise Rejected or ConnectionEnded."""
+        if self.buffer.startswith(_PROXY_PROTOCOL):
+            raise Rejected(400, NO_PROXY_PROTOCOL)
+        self.buffer = self.buffer.removeprefix(b"\r\n")  # some send one after a body (RFC 9112 section 2.2)
+        self.head = parse_head(self.read_section())
+        self.command = self.head.method
+        self.path = self.head.path
+        self.unread = self.head.length not in (None, 0)
+        self.close_connection = not self.head.persistent()
+        if self.settings.behind_proxy:
+            self.name_client(forwarded_for(self.head.fields))
+
+    def respond(self) -> None:
+        """Have the request answered by its method; raise Rejected where its path does not take that."""
+        allowed = allowed_methods(self.path, self.settings)
+        if not allowed:
+            raise Rejected(404, "there is nothing at this path")
+        if self.command not in allowed:
+            methods = ", ".join(allowed)
+            raise Rejected(405, f"this path takes {methods} only", ("Allow", methods))
+        getattr(self, f"do_{self.command}")()
+
+    def do_POST(self) -> None:
         """Take one delivery: the path of one request, as at the top of this file."""
-        settings = self.server.settings
-        self.check_length(head)
-        claims = verify_token(head.fields.get("authorization"), settings.credentials, time.time(), settings.leeway)
-        body = self.read_body(head)
+        self.check_length()
+        authorization = self.head.fields.get("authorization")
+        claims = verify_token(authorization, self.settings.credentials, time.time(), self.settings.leeway)
+        body = self.read_body()
         event_id = verify_body(claims, body)
-        event = parse_event(body)
-        line = format_line(event, body, time.time(), event_id)
+        self.server.protect(self.connection)
+
+        with self.server.turn_of(body):
+            event = parse_event(body)
+            line = format_line(event, body, time.time(), event_id)
         outcome = "recorded" if self.store(event_id, line) else "duplicate"
+
+        self.fruitless = 0
         self.answer(200, b'{"status":"%b","id":"%b"}' % (outcome.encode(), event_id.encode()))
         warnings = f" ({'; '.join(event.warnings)})" if event.warnings else ""
         self.report(outcome, f"{(event.stage or '-')[:100]} {(event.subject or '-')[:100]}{warnings}")
 
-    def answer_health(self, _head: Head) -> None:
-        """Can the next event be stored?"""
+    def do_GET(self) -> None:
+        if self.path == "/healthz":
+            self.answer_health()
+        elif self.path == "/":
+            show_page(self)
+        else:
+            show_events(self)
+
+    do_HEAD = do_GET
+
+    def answer_health(self) -> None:
+        """Answer whether the next event can be stored."""
         try:
             self.server.journal.check()
         except JournalError as error:
@@ -1611,34 +1901,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # reading
 
-    def receive(self) -> bytes:
-        """Return what the peer sends next, b"" at its end. The socket blocks: `Receiver.sweep` ends the wait in time."""
-        try:
-            return self.request.receive()
-        except OSError:  # reset, or broken TLS
-            return b""
-
     def receive_more(self) -> bytes:
-        """Return what the peer sends next within a request; raise Rejected if that is nothing, or too late."""
-        self.request.acknowledge()
-        received = self.receive()
-        late = self.server.is_late(self.request)
-        if received and not late:
-            return received
-        if late:
-            raise Rejected(408, f"the request was not whole within {self.server.settings.request_timeout:g} s")
-        if self.server.stopping:
-            raise Rejected(503, "the receiver is stopping; send it again", ("Retry-After", "1"))
-        raise Rejected(400, "the request ended before it was whole")
+        """Return what comes next within a request; raise ConnectionEnded."""
+        self.connection.acknowledge()
+        return self.connection.receive()
 
     def read_until(self, end: bytes, limit: int) -> str | None:
-        """Take what stands before `end`, and `end`, from the buffer; return the one as Latin-1, None if longer than `limit` bytes."""
+        """Take what stands before `end`, and `end`, from the buffer.
+
+        Return the one as Latin-1, None if it is longer than `limit` bytes; raise Rejected for a bare
+        CR or LF, or a NUL, as soon as it is there.
+        """
         scanned = 0
         while (length := self.buffer.find(end, scanned)) < 0 and len(self.buffer) <= limit + len(end):
             if _BARE.search(self.buffer, scanned):
                 raise Rejected(400, "there is a bare CR or LF, or a NUL (RFC 9112 section 2.2)")
             scanned = max(0, len(self.buffer) - len(end) + 1)
             self.buffer += self.receive_more()
+
         if not 0 <= length <= limit:
             return None
         data, self.buffer = self.buffer[:length], self.buffer[length + len(end):]
@@ -1653,22 +1933,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Rejected(431, f"the head, or the trailers, are longer than {HEAD_LIMIT} bytes")
         return section
 
-    def check_length(self, head: Head) -> None:
+    def check_length(self) -> None:
         """Raise Rejected where no body is announced, or one that is too long."""
-        if head.length is None:
+        length = self.head.length
+        if length is None:
             self.unread = True
             raise Rejected(411, "a Content-Length, or a chunked body, is needed")
-        if head.length > self.server.settings.max_body:
+        if length > self.settings.max_body:
             raise self.too_long()
 
     def too_long(self) -> Rejected:
-        return Rejected(413, f"the body is longer than {self.server.settings.max_body} bytes")
+        return Rejected(413, f"the body is longer than {self.settings.max_body} bytes")
 
-    def read_body(self, head: Head) -> bytes:
-        """Return the body; a sender that waits for a 100 gets it now. Raise Rejected."""
-        if "expect" in head.fields and head.minor and not self.buffer:
-            self.request.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self.read_chunks() if head.length == CHUNKED else self.read_exactly(head.length or 0)
+    def read_body(self) -> bytes:
+        """Return the body; a sender that waits for a 100 gets it now. Raise Rejected or ConnectionEnded."""
+        if "expect" in self.head.fields and self.head.minor and not self.buffer:
+            self.connection.send(b"HTTP/1.1 100 Continue\r\n\r\n", self.settings.request_timeout)
+        length = self.head.length or 0
+        body = self.read_chunks() if length == CHUNKED else self.read_exactly(length)
         self.unread = False
         return body
 
@@ -1683,15 +1965,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return whole[:count]
 
     def read_chunks(self) -> bytes:
-        """Return a chunked body (RFC 9112 section 7.1). Its framing counts towards the cap; trailers are checked and dropped."""
-        parts, left = [], self.server.settings.max_body
+        """Return a chunked body (RFC 9112 section 7.1); trailers are checked and dropped.
+
+        The data may be as long as the cap, and the framing as long again.
+        """
+        parts = []
+        data_left = framing_left = self.settings.max_body
         while True:
             line = self.read_until(b"\r\n", CHUNK_LINE_LIMIT)
             if line is None:
                 raise Rejected(400, f"a chunk line is longer than {CHUNK_LINE_LIMIT} bytes")
             size = parse_chunk_size(line)
-            left -= len(line) + size + 4
-            if left < 0:
+            data_left -= size
+            framing_left -= len(line) + 4  # with the CRLF behind it, and that behind the data
+            if data_left < 0 or framing_left < 0:
                 raise self.too_long()
             if size == 0:
                 break
@@ -1699,48 +1986,69 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not chunk.endswith(b"\r\n"):
                 raise Rejected(400, "a chunk is longer than its size (RFC 9112 section 7.1)")
             parts.append(chunk[:-2])
+
         self.buffer = b"\r\n" + self.buffer  # so that the trailer section, often empty, ends like a head
         _parse_fields(self.read_section(HEAD_LIMIT + 2).split("\r\n")[1:])
         return b"".join(parts)
 
+    def incomplete(self, end: ConnectionEnded) -> Rejected:
+        """Return the refusal of a request that was not whole."""
+        if isinstance(end, DeadlineExceeded):
+            return Rejected(408, f"the request was not whole within {self.settings.request_timeout:g} s")
+        if isinstance(end, Stopped):
+            return Rejected(503, "the receiver is stopping; send it again", ("Retry-After", "1"))
+        return Rejected(400, "the request ended before it was whole")
+
     # storing and answering
 
     def store(self, event_id: str, line: bytes) -> bool:
-        """Return True once the line is durable, False for a duplicate."""
-        self.server.protect(self.request)
-        left = max(1.0, min(STORE_SECONDS, ANSWER_SECONDS - (time.monotonic() - self.started)))
+        """Return True once the line is durable, False for a duplicate; raise Rejected."""
+        spent = time.monotonic() - self.connection.since
         try:
-            return self.server.journal.append(event_id, line, left)
+            return self.server.journal.append(event_id, line, max(1.0, min(STORE_SECONDS, ANSWER_SECONDS - spent)))
         except JournalError as error:
             raise Rejected(503, "the event could not be stored; send it again", ("Retry-After", "10")) from error
 
     def answer(self, status: int, content: bytes, media_type: str = "application/json", *fields: tuple[str, str]) -> None:
-        """Send one answer; whether the connection is kept is decided here."""
-        # While stopping, the last request that has arrived ends the connection.
-        if self.unread or self.server.stopping and not (self.buffer or self.request.more_has_arrived()):
+        """Send one answer; head and content go by one write, in one packet."""
+        if not self.may_persist():
             self.close_connection = True
         if self.close_connection:
             fields = (*fields, ("Connection", "close"))
-        elif self.keep_alive:
+        elif self.head.minor == 0:
             fields = (*fields, ("Connection", "keep-alive"))
-        self.request.since = time.monotonic()
+        head = format_head(status, len(content), media_type, fields)
         try:
-            head = format_head(status, len(content), media_type, fields)  # with its content by one write: one packet
-            self.request.send(head if self.method == "HEAD" else head + content, self.close_connection)
-        except OSError:  # the peer has gone; what is recorded stays recorded
+            self.send(head if self.command == "HEAD" else head + content, last=self.close_connection)
+        except Disconnected:  # what is recorded stays recorded
             self.close_connection = True
 
-    def refuse(self, refusal: Rejected) -> None:
-        """Answer by a problem (RFC 9457), and tell the operator."""
-        if not self.request.is_cut:
-            problem = {"title": _REASONS[refusal.status], "status": refusal.status, "detail": refusal.detail}
-            self.answer(refusal.status, json.dumps(problem).encode(), "application/problem+json", *refusal.fields)
-            because = f" ({refusal.__cause__})" if refusal.__cause__ else ""
-            self.report("refused", f"{refusal.status} {refusal.detail}{because}")
+    def may_persist(self) -> bool:
+        """Return whether the receiver can keep the connection for another request."""
+        if self.unread:
+            return False
+        if self.fruitless >= FRUITLESS_ANSWERS and not self.settings.behind_proxy:
+            return False
+        if self.server.stopping:  # the last request that has arrived ends the connection
+            return bool(self.buffer) or self.connection.more_has_arrived()
+        return True
+
+    def send(self, data: bytes, last: bool = False) -> None:
+        """Send an answer, or a part of one; raise Disconnected."""
+        self.answered = True
+        self.connection.send(data, self.settings.request_timeout, last)
+
+    def refuse(self, refusal: Rejected, reason: str = "") -> None:
+        """Answer by a problem (RFC 9457), and tell the operator, with a reason that is for nobody else."""
+        problem = {"title": _REASONS[refusal.status], "status": refusal.status, "detail": refusal.detail}
+        self.answer(refusal.status, json.dumps(problem).encode(), "application/problem+json", *refusal.fields)
+        reason = reason or str(refusal.__cause__ or "")
+        self.report("refused", f"{refusal.status} {refusal.detail}" + (f" ({reason})" if reason else ""))
 
     def report(self, outcome: str, what: str) -> None:
-        """Tell the operator of one outcome."""
-        self.server.report(outcome, stamp(f"{self.peer} {outcome} {what} {(time.monotonic() - self.started) * 1000:.1f} ms"))
+        """Count an outcome, and tell the operator of it."""
+        milliseconds = (time.monotonic() - self.connection.since) * 1000
+        self.server.report(outcome, f"{self.client_name} {outcome} {what} {milliseconds:.1f} ms")
 
 
 # --- The live view: one page, and the log as an event stream for those who know the password ---
@@ -1834,27 +2142,63 @@ class Tail:
         return lines
 
 
-def check_password(handler: Handler, head: Head) -> None:
-    """Let a viewer in by HTTP Basic (RFC 7617), by any user name; raise Rejected.
+def network_of(host: str) -> str:
+    """Return what one guesser can take addresses from: a /64 of IPv6, a single address of IPv4."""
+    address = ipaddress.ip_address(host.partition("%")[0])  # without the zone of a link-local one
+    if address.version == 4:
+        return host
+    return str(ipaddress.ip_network((int(address), 64), strict=False))
 
-    An address that had its share of wrong ones in this minute is refused unread, else guessing would go on at full speed.
+
+class Guesses:
+    """Wrong passwords of the live view in this minute, by network: who has had his share is not heard.
+
+    All networks together have a share too, so that many of them gain little. It does not lock out
+    who has given the right password before. `_lock` guards all fields.
     """
-    # The peer is host:port, or what the proxy named, without a port.
-    address = handler.peer.rpartition(":")[0] if handler.peer == handler.request.peer else handler.peer
-    wrong, minute = handler.server.wrong, int(time.monotonic() // 60)
-    if wrong[address, minute] >= WRONG_PASSWORDS:
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._minute = 0                       # of the clock that `now` comes from
+        self._wrong: Counter[str] = Counter()  # in that minute, by network
+        self._known: set[str] = set()          # networks that the right password came from
+
+    def are_too_many(self, network: str, now: float) -> bool:
+        """Return whether no more passwords are looked at; `now` is in seconds, of any clock."""
+        with self._lock:
+            if int(now // 60) != self._minute:
+                self._minute = int(now // 60)
+                self._wrong.clear()
+            if self._wrong[network] >= WRONG_PASSWORDS:
+                return True
+            return sum(self._wrong.values()) >= WRONG_PASSWORDS_IN_ALL and network not in self._known
+
+    def note(self, network: str, right: bool) -> None:
+        """Remember how a password was that came from there."""
+        with self._lock:
+            if not right:
+                self._wrong[network] += 1
+            elif len(self._known) < KNOWN_NETWORKS:
+                self._known.add(network)
+
+
+def check_password(handler: Handler) -> None:
+    """Let a viewer in by HTTP Basic (RFC 7617), by any user name; raise Rejected."""
+    network, guesses = network_of(handler.client_host), handler.server.guesses
+    if guesses.are_too_many(network, time.monotonic()):
         raise Rejected(429, "there were too many wrong passwords; wait a minute", ("Retry-After", "60"))
+
     challenge = ("WWW-Authenticate", 'Basic realm="skype_webhook", charset="UTF-8"')
-    scheme, _, text = head.fields.get("authorization", "").partition(" ")
+    scheme, _, text = handler.head.fields.get("authorization", "").partition(" ")
     if scheme.lower() != "basic":
         raise Rejected(401, "the live view asks for its password", challenge)
+
     given = b""
     with contextlib.suppress(ValueError):
         given = base64.b64decode(text.strip(" "), validate=True).partition(b":")[2]
-    if not hmac.compare_digest(given, handler.server.settings.view_password.encode("utf-8", "surrogateescape")):
-        if len(wrong) > WRONG_ADDRESSES:
-            wrong.clear()
-        wrong[address, minute] += 1
+    right = hmac.compare_digest(given, handler.settings.view_password.encode("utf-8", "surrogateescape"))
+    guesses.note(network, right)
+    if not right:
         raise Rejected(401, "that is not the password of the live view", challenge)
 
 
@@ -1864,34 +2208,43 @@ VIEW_FIELDS = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosnif
 @contextlib.contextmanager
 def viewer_place(handler: Handler) -> Iterator[None]:
     """Move a connection from the senders' places to one of the viewers'; raise Rejected if there is none."""
-    link, server = handler.request, handler.server
+    connection, server = handler.connection, handler.server
     with server.changed:
-        if link.is_cut:
-            raise ConnectionAbortedError("its place was taken")
+        if connection.interruption is Evicted:
+            raise Evicted
         if len(server.viewers) >= VIEWERS:
             raise Rejected(503, f"there are {VIEWERS} viewers, and no more places", ("Retry-After", "10"))
-        server.connections.discard(link)
-        server.viewers.add(link)
+        server.connections.discard(connection)
+        server.viewers.add(connection)
         server.changed.notify_all()
+
     handler.close_connection = True
     try:
-        for name, value in (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 2), ("TCP_USER_TIMEOUT", 8000)):
-            if hasattr(socket, name):  # so that a machine which fell asleep is noticed within ten seconds
-                link.socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        link.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        watch_for_silence(connection.socket)
         yield
     finally:
         with server.changed:
-            server.viewers.discard(link)
+            server.viewers.discard(connection)
+
+
+def watch_for_silence(sock: socket.socket) -> None:
+    """Have the kernel end a connection whose peer does not answer it for ten seconds (it fell asleep, say)."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 2), ("TCP_USER_TIMEOUT", 8000)):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def has_gone(viewer: Connection) -> bool:
-    """Tell, without waiting, whether the viewer has closed its side; what else it sends is dropped."""
-    viewer.socket.settimeout(0)
+    """Return, without waiting, whether the viewer has ended the connection; what else it sends is dropped."""
+    viewer.wait_for(0)
     try:
-        return not viewer.receive()
-    except BlockingIOError:
-        return viewer.answering  # what TLS had to say was not taken, and is lost
+        viewer.receive()
+    except DeadlineExceeded:
+        return False
+    except ConnectionEnded:
+        return True
+    return False
 
 
 def format_frames(lines: bytes, start: int) -> bytes:
@@ -1906,10 +2259,10 @@ def format_frames(lines: bytes, start: int) -> bytes:
 
 def stream_events(handler: Handler, tail: Tail, is_page: bool) -> None:
     """Send events as they come, until the viewer goes, the server stops or the password changes; raise OSError if they are not taken."""
-    link, server, password = handler.request, handler.server, handler.server.settings.view_password
+    connection, server, password = handler.connection, handler.server, handler.settings.view_password
     told: str | None = None
     beat = time.monotonic()
-    while not (link.is_cut or server.stopping or has_gone(link) or server.settings.view_password != password):
+    while not (server.stopping or has_gone(connection) or server.settings.view_password != password):
         lines = tail.read_on()
         start = tail.offset - len(lines)
         data = format_frames(lines, start)
@@ -1919,35 +2272,35 @@ def stream_events(handler: Handler, tail: Tail, is_page: bool) -> None:
         if time.monotonic() - beat >= HEARTBEAT_SECONDS:
             beat, told = beat + HEARTBEAT_SECONDS, None  # the page hears no comment: it is told its place once more
             data += b": heartbeat\n\n"
-        link.socket.settimeout(server.settings.request_timeout)
-        link.send(data)
+        handler.send(data)
         time.sleep(VIEW_PAUSE)  # so sixteen viewers leave the senders their share of the processor
 
 
-def show_events(handler: Handler, head: Head) -> None:
+def show_events(handler: Handler) -> None:
     """GET /events: the log as server-sent events, each a line, whose id is the offset of its end.
 
     `?log=` is for the page: it is also told by `log` events which file it reads, and from where. By the file's mark and an
     offset, `?log=...&after=...`, it goes on in that file, wherever that was rotated to in the meantime.
     """
-    check_password(handler, head)
+    check_password(handler)
+    head = handler.head
     query = dict(urllib.parse.parse_qsl(head.query, keep_blank_values=True))
     mark, last = query.get("log"), query.get("after") or head.fields.get("last-event-id", "")
-    with viewer_place(handler), contextlib.closing(Tail(handler.server.settings.log)) as tail:
+    with viewer_place(handler), contextlib.closing(Tail(handler.settings.log)) as tail:
         if not re.fullmatch(r"[0-9]{1,18}", last):
             tail.offset = max(0, tail.size() - VIEW_BYTES)
         elif (not mark or tail.go_back_to(mark)) and int(last) <= tail.size():
             tail.offset = int(last)  # else its file has gone, and all of the present one is new
         fields = [*VIEW_FIELDS, ("X-Accel-Buffering", "no"), ("Connection", "close")]
-        handler.request.send(format_head(200, None, "text/event-stream; charset=utf-8", fields))
+        handler.send(format_head(200, None, "text/event-stream; charset=utf-8", fields))
         if head.method == "GET":
             stream_events(handler, tail, mark is not None)
 
 
-def show_page(handler: Handler, head: Head) -> None:
+def show_page(handler: Handler) -> None:
     """GET /: the page."""
-    check_password(handler, head)
-    page = PAGE.replace("{PATH}", handler.server.settings.path.replace("&", "&amp;"))  # it holds no <: see `_url_path`
+    check_password(handler)
+    page = PAGE.replace("{PATH}", handler.settings.path.replace("&", "&amp;"))  # it holds no <: see `_url_path`
     handler.answer(200, page.encode(), "text/html; charset=utf-8", ("Content-Security-Policy", PAGE_POLICY), *VIEW_FIELDS)
 
 
@@ -2043,266 +2396,336 @@ class Certificate:
                 tell(f"error: {error}; the old certificate stays in use until the files change again")
 
 
-def one_is_leaving(links: Sequence[Connection]) -> bool:
-    """Tell whether one was cut, or reset by its peer, and only waits for its thread.
-
-    In a storm of resets they come faster than threads see them, and a good peer in its handshake would soon be the oldest. A poll
-    of 256 takes 40 us, where a MSG_PEEK each took 800.
-    """
-    if not hasattr(select, "poll"):
-        return False
-    ends = select.poll()
-    for link in links:
-        ends.register(link.socket, 0)
-    return bool(ends.poll(0))
-
-
 def load_certificate(settings: Settings) -> Certificate | None:
     """Return the certificate, None where a proxy has it; raise SettingsError."""
     return None if settings.behind_proxy else Certificate(settings.tls_cert, settings.tls_key)
 
 
-class Receiver(socketserver.BaseServer):
-    """Accepts connections and serves each in a thread of a bounded pool.
+class Signals:
+    """What the operating system asks for: a stop, or that the settings are read again.
 
-    How the deadlines work: sockets block, so that a read costs one system call and no poll. The accepting loop
-    sweeps the connections when the next deadline is due, and shuts down the reading side of those past theirs:
-    their thread reads the end, finds that it is late, and answers 408.
-
-    `changed` guards `connections` and `viewers`; it is notified when a connection has gone.
+    It is obeyed from before the port opens. A signal can be delivered to another thread while the main
+    one sleeps: so each also writes a byte into the wake-up pipe, which the accepting loop selects on.
+    The byte only wakes: a storm fills the pipe, and bytes are lost.
     """
 
-    def __init__(self, settings: Settings, journal: Journal, listeners: Sequence[socket.socket], certificate: Certificate | None,
-                 inherited: bool = False) -> None:
+    def __init__(self) -> None:
+        self.stop = self.hangup = False
+        self.reader, self._writer = socket.socketpair()
+        for end in (self.reader, self._writer):
+            end.setblocking(False)
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():  # others may not set handlers
+            signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+            for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+                if hasattr(signal, name):
+                    number = getattr(signal, name)
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            # One more while the interpreter ends would set the exit code; whoever imports this goes on.
+            signal.signal(number, signal.SIG_IGN if __name__ == "__main__" else handler)
+        if self._before:
+            signal.set_wakeup_fd(-1)
+        self.reader.close()
+        self._writer.close()
+
+    def _note(self, number: int, _frame: object) -> None:
+        if number in (signal.SIGTERM, signal.SIGINT):
+            self.stop = True
+        elif number == getattr(signal, "SIGHUP", None):
+            self.hangup = True  # SIGUSR1 and SIGUSR2 change nothing: other servers' rotation scripts send them
+
+    def ask_to_stop(self) -> None:
+        """Ask for a stop, from any thread."""
+        self.stop = True
+        with contextlib.suppress(OSError):  # a full pipe wakes, too
+            self._writer.send(b"\0")
+
+    def drain(self) -> None:
+        """Empty the wake-up pipe, so that it can wake again."""
+        with contextlib.suppress(BlockingIOError):
+            self.reader.recv(READ_SIZE)
+
+
+class Receiver(socketserver.BaseServer):
+    """Accepts connections, finds a place for each, and serves them in a bounded pool of threads.
+
+    How a place is found: when all are taken, the connection that has waited longest for its request is
+    evicted: cut by another thread than its own, which then leaves. So slow peers only cost slow peers
+    their place. One that has delivered a verified event goes last, one whose event is being stored never.
+
+    `changed` guards `connections`, `viewers` and, of each connection, `storing` and `interruption`. It
+    is notified when a connection has left. `_counting` guards `counts`. Only the accepting thread has
+    `threads` and the fields of complaints.
+    """
+
+    def __init__(self, settings: Settings, journal: Journal, listeners: Sequence[socket.socket],
+                 certificate: Certificate | None, signals: Signals, *, inherited: bool = False) -> None:
         super().__init__(listeners[0].getsockname(), Handler)
+        self.settings, self.certificate = settings, certificate
         self.journal = journal
         self.listeners, self.inherited = listeners, inherited
+        self.signals = signals
         self.on_hangup: Callable[[], None] = lambda: None
-        self.stopping = self.hung_up = False
+
         self.changed = threading.Condition()
         self.connections: set[Connection] = set()
         self.viewers: set[Connection] = set()
-        self.wrong: Counter[tuple[str, int]] = Counter()  # wrong passwords of the live view, by address and minute
-        self.adopt(settings, certificate)
-        self.counts = {outcome: itertools.count() for outcome in ("recorded", "duplicate", "refused")}  # next() needs no lock
-        self.reports: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.reporter = threading.Thread(target=self.write_reports, name="reporter", daemon=True)
-        self.reporter.start()
         self.waiting: queue.SimpleQueue[Connection] = queue.SimpleQueue()  # for a thread
-        self.threads, self.next_sweep, self.next_complaint = 0, 0.0, 0.0
-        self.alarm, self.bell = socket.socketpair()  # a byte into the bell rings the alarm, and wakes the loop
+        self.threads = 0
+        self.large_body = threading.Lock()
+        self.guesses = Guesses()
+
+        self._counting = threading.Lock()
+        self.counts = dict.fromkeys(("recorded", "duplicate", "refused", "evicted"), 0)
+        self.evictions_told = 0
+        self.next_complaint: dict[str, float] = {}  # monotonic time
+
         self.selector = selectors.DefaultSelector()
         for listener in listeners:
             listener.setblocking(False)
             # Inherited by what it accepts. With Nagle, a 100 would hold an answer back for 40 ms.
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.selector.register(listener, selectors.EVENT_READ, listener)
-        for end in (self.alarm, self.bell):
-            end.setblocking(False)
-        self.selector.register(self.alarm, selectors.EVENT_READ)
-        journal.on_final = self.end
-        if journal.final:  # it failed before there was anybody to end
-            self.end()
+        self.selector.register(signals.reader, selectors.EVENT_READ)
+        journal.on_final = signals.ask_to_stop
+        if journal.final:  # it failed before there was anybody to tell
+            signals.ask_to_stop()
+
+    @property
+    def stopping(self) -> bool:
+        return self.signals.stop
 
     def adopt(self, settings: Settings, certificate: Certificate | None) -> None:
-        """Serve the requests to come by these settings, and the connections to come with this certificate."""
-        routes: dict[str, dict[str, Callable[[Handler, Head], None]]] = {
-            "/healthz": {"GET": Handler.answer_health, "HEAD": Handler.answer_health}}
-        if settings.view_password:
-            routes.update({"/": {"GET": show_page, "HEAD": show_page}, "/events": {"GET": show_events, "HEAD": show_events}})
-        routes.setdefault(settings.path, {})["POST"] = Handler.do_POST
-        self.settings, self.certificate, self.routes = settings, certificate, routes  # each whole: requests come meanwhile
+        """Judge the requests to come by these settings, and serve the connections to come with this certificate."""
+        if settings.view_password != self.settings.view_password:
+            self.guesses = Guesses()
+        self.settings, self.certificate = settings, certificate
 
-    def report(self, outcome: str, line: str) -> None:
-        """Count an outcome, and hand its line over to the reporter; lines are dropped while stderr takes none."""
-        next(self.counts[outcome])
-        if self.reports.qsize() < REPORT_LIMIT:
-            self.reports.put(line)
+    def report(self, outcome: str, message: str) -> None:
+        """Count an outcome, and tell the operator of it."""
+        self.count(outcome)
+        REPORTER.tell(message, outcome)
 
-    def write_reports(self) -> None:
-        """Write the lines of deliveries together, every REPORT_PAUSE: a write each would hand the interpreter lock over once more,
-        a seventh of the rate. The life of the reporter; an empty line ends it."""
-        lines: list[str] = []
-        while "" not in lines:
-            lines = [self.reports.get()]
-            time.sleep(REPORT_PAUSE)
-            lines += [self.reports.get() for _ in range(self.reports.qsize())]  # nobody else takes any
-            write_lines(lines)
+    def count(self, outcome: str) -> None:
+        with self._counting:
+            self.counts[outcome] += 1
 
-    def end(self) -> None:
-        """Stop serving: from any thread, or a signal's handler."""
-        self.stopping = True
-        with contextlib.suppress(OSError):  # a full bell has been rung
-            self.bell.send(b"\0")
+    # the accepting thread
 
     def serve_forever(self, poll_interval: float = LOOK_SECONDS) -> None:
-        """Accept until `stopping`; every `poll_interval` seconds at the latest, see what is due."""
+        """Accept until a stop is asked for; see every `poll_interval` seconds, at the latest, what is due."""
         while not self.stopping:
-            pause = min(poll_interval, self.next_sweep - time.monotonic())
-            for key, _ in self.selector.select(max(0.02, pause)):  # deadlines that lie close together share a sweep
+            for key, _ in self.selector.select(poll_interval):
                 if key.data:
                     self.accept(key.data)
                 else:
-                    self.alarm.recv(READ_SIZE)
+                    self.signals.drain()
             self.service_actions()
 
-    def obey(self, number: int, _frame: object = None) -> None:
-        """Note a signal. Its byte in the bell only wakes the loop: a storm fills the bell, and bytes are lost."""
-        if number == getattr(signal, "SIGHUP", None):
-            self.hung_up = True
-        else:
-            self.end()
-
     def service_actions(self) -> None:
-        if self.hung_up:
-            self.hung_up = False
+        if self.signals.hangup:
+            self.signals.hangup = False
             self.on_hangup()
         if not self.waiting.empty():
             self.add_threads()
-        if time.monotonic() >= self.next_sweep:
-            self.sweep()
+        self.tell_evictions()
         if self.certificate:
             self.certificate.follow()
 
-    def sweep(self, stopping: bool = False) -> None:
-        """End what is past its deadline; when `stopping`, also all that waits for a request. A new deadline always lies
-        `request_timeout` ahead, so none is missed."""
-        now, limit = time.monotonic(), self.settings.request_timeout
-        with self.changed:  # so that none of them begins to store its event meanwhile
-            for link in self.connections:
-                late = self.is_late(link)
-                if late and link.answering:
-                    link.cut()
-                elif late or stopping:
-                    link.stop_reading()
-            self.next_sweep = min([now + limit, *(due for link in self.connections if (due := link.since + limit) > now)])
-
-    def is_late(self, link: Connection) -> bool:
-        """Tell whether the peer has kept us waiting for too long."""
-        return time.monotonic() - link.since >= self.settings.request_timeout
-
-    def protect(self, link: Connection) -> None:
-        """Keep the place of a connection whose event is being stored."""
-        with self.changed:
-            if link.is_cut:
-                raise ConnectionAbortedError("its place was taken")
-            link.since, link.proven = math.inf, True
-
-    def make_room(self) -> bool:
-        """Return whether a place is free; if not, take that of the connection that keeps us waiting longest."""
-        with self.changed:
-            if len(self.connections) < self.settings.max_connections:
-                return True
-            return self.evict() and len(self.connections) < self.settings.max_connections
-
-    def evict(self, but: Connection | None = None) -> bool:
-        """Cut the connection that has waited longest for its request; those that never delivered go first. Where one is leaving by
-        itself, wait for that one instead. Return whether one has gone. The caller holds `changed`."""
-        held = [link for link in self.connections if link is not but and link.since < math.inf]
-        if one_is_leaving(held) and self.changed.wait(0.1):
-            return True
-        waiting = [link for link in held if not link.is_cut]
-        if waiting:
-            min(waiting, key=lambda link: (link.proven, link.since)).cut()
-        return self.changed.wait(0.1)
-
     def accept(self, listener: socket.socket) -> bool:
-        """Accept one connection; return whether there was one. No handshake here: one mute peer would stop everyone."""
-        if not self.make_room():
-            return False  # it stays in the backlog
+        """Accept one connection, and have it served; return whether there was one.
+
+        Only TCP is accepted here: a listener wrapped by `ssl` would wait for each peer's handshake.
+        """
         try:
             accepted, address = listener.accept()
-            accepted.setblocking(True)
-            link = Connection(accepted, address)
-        except (BlockingIOError, InterruptedError, ConnectionError):
-            return False  # none, or it has left again
-        except OSError as error:  # EMFILE and the like last until a connection has gone
-            self.complain(f"cannot accept: {error.strerror}; raise its limit (LimitNOFILE=, ulimit -n), or lower --max-connections")
-            with self.changed:
-                self.evict()
+        except BlockingIOError:
             return False
-        with self.changed:
-            self.connections.add(link)
-        self.waiting.put(link)
-        if not self.add_threads():  # then another has to give up its own
-            with self.changed:
-                self.evict(but=link)
+        except OSError as error:
+            if error.errno not in SHORTAGES:
+                return True  # it has left again (ECONNABORTED, EPROTO, EHOSTUNREACH)
+            if self.is_due("descriptors"):
+                tell(f"cannot accept: {error.strerror}; "
+                     "raise the open-file limit (LimitNOFILE=, ulimit -n), or lower --max-connections")
+            self.relieve()
+            return False
+
+        connection = self.admit(accepted, address)
+        if connection:
+            self.waiting.put(connection)
+            if not self.add_threads():
+                self.relieve(connection)
         return True
 
-    def complain(self, message: str) -> None:
-        """Tell of a trouble that can come a thousand times a second, once in ten seconds."""
-        if time.monotonic() >= self.next_complaint:
-            self.next_complaint = time.monotonic() + 10
-            tell(message)
+    def admit(self, accepted: socket.socket, address: Any) -> Connection | None:
+        """Return an accepted connection with a place; close it, and return None, where there is none for it."""
+        try:
+            accepted.getpeername()  # raises for a peer that has reset it: in a storm of those, none takes a place
+        except OSError:
+            accepted.close()
+            return None
+
+        connection = Connection(accepted, address, idle_seconds(self.settings, proven=False))
+        with self.changed:
+            while len(self.connections) >= self.settings.max_connections:
+                self.evict()
+                has_left = self.changed.wait(0.1)
+                if self.stopping and not has_left:  # all are storing their events, and there is no time to wait
+                    accepted.close()
+                    return None
+            self.connections.add(connection)
+        return connection
+
+    def relieve(self, newcomer: Connection | None = None) -> None:
+        """Have a connection give up its descriptor and its thread, but not the newcomer that needs them."""
+        with self.changed:
+            self.evict(newcomer)
+            self.changed.wait(0.1)
+
+    def evict(self, newcomer: Connection | None = None) -> None:
+        """Cut the connection that has waited longest for its request, if there is one.
+
+        Those that have delivered a verified event go last. The caller holds `changed`, and chooses anew
+        after each wait.
+        """
+        candidates = [each for each in self.connections
+                      if each is not newcomer and not each.storing and each.interruption is None]
+        if candidates:
+            longest = min(candidates, key=lambda each: (each.proven, each.since))
+            longest.interrupt(Evicted)
+            self.count("evicted")
+
+    def protect(self, connection: Connection) -> None:
+        """Keep the place of a connection while its event is being stored; raise Evicted if it is lost already."""
+        with self.changed:
+            if connection.interruption is Evicted:
+                raise Evicted
+            connection.storing = connection.proven = True
+
+    def turn_of(self, body: bytes) -> contextlib.AbstractContextManager[object]:
+        """Return what a large body waits for, so that one at a time is parsed and formatted.
+
+        Eight of the most expensive kind together made everybody wait for 3.5 s; 128 took 757 MiB.
+        """
+        return self.large_body if len(body) > LARGE_BODY else contextlib.nullcontext()
+
+    def tell_evictions(self) -> None:
+        """Tell how many connections were evicted since that was told last."""
+        untold = self.counts["evicted"] - self.evictions_told
+        if untold and self.is_due("evictions"):
+            self.evictions_told += untold
+            tell(f"evicted {untold} connections, the longest waiting, to make room for others; if your senders "
+                 f"need more than {self.settings.max_connections} at once, raise --max-connections")
+
+    def is_due(self, complaint: str) -> bool:
+        """Return whether to tell of a trouble that can come a thousand times a second: once in COMPLAINT_SECONDS."""
+        now = time.monotonic()
+        if now < self.next_complaint.get(complaint, now):
+            return False
+        self.next_complaint[complaint] = now + COMPLAINT_SECONDS
+        return True
 
     def add_threads(self) -> bool:
-        """Start threads until there is one for each connection and viewer; return False where that cannot be done now."""
+        """Start threads until there is one for each connection and viewer; return whether there is."""
+        with self.changed:
+            wanted = len(self.connections) + len(self.viewers)
         try:
-            while self.threads < len(self.connections) + len(self.viewers):
+            while self.threads < wanted:
                 threading.Thread(target=self.work, name="connection", daemon=True).start()
                 self.threads += 1
         except RuntimeError as error:
-            self.complain(f"cannot start a thread: {error}; raise its limit (TasksMax=, ulimit -u), or lower --max-connections")
+            if self.is_due("threads"):
+                tell(f"cannot start a thread: {error}; "
+                     "raise the limit of threads (TasksMax=, ulimit -u), or lower --max-connections")
             return False
         return True
+
+    # a connection's thread
 
     def work(self) -> None:
         """Serve one connection after another: the life of a thread. `stop` waits for connections, not for threads."""
         while True:
             self.serve_connection(self.waiting.get())
 
-    def serve_connection(self, link: Connection) -> None:
+    def serve_connection(self, connection: Connection) -> None:
         """Serve one connection to its end."""
         try:
-            if self.certificate is None or self.secure(link, self.certificate.context):
-                self.finish_request(link, link.peer)  # type: ignore[arg-type]  # a Connection stands for its socket
-        except OSError:
-            pass  # the peer has gone, or was cut off
-        except Exception as error:
-            tell_fault(error, link.peer)
+            certificate = self.certificate
+            if certificate is None or self.secure(connection, certificate.context):
+                self.finish_request(connection, connection.peer)  # type: ignore[arg-type]  # it stands for its socket
+        except ConnectionEnded:
+            pass
+        except Exception as fault:
+            tell(f"{connection.peer} {describe_fault(fault)}")
         finally:
             with self.changed:
-                self.connections.discard(link)
-                link.socket.close()
+                self.connections.discard(connection)
+                connection.socket.close()
                 self.changed.notify_all()
 
-    def secure(self, link: Connection, context: ssl.SSLContext) -> bool:
-        """Speak TLS with the peer; return False if that failed, or if it speaks plain HTTP and was told so."""
+    def secure(self, connection: Connection, context: ssl.SSLContext) -> bool:
+        """Speak TLS with the peer; return False where that failed and was told. Raise ConnectionEnded."""
         try:
-            if link.handshake(context):
-                return True
+            spoken = connection.handshake(context)
         except ssl.SSLError as error:
-            if error.reason and not isinstance(error, ssl.SSLEOFError):
-                distrust = re.search("CERT|_CA", error.reason)
-                hint = "; it does not trust the certificate: is it current, and --cert the full chain?" if distrust else ""
-                tell(f"{link.peer} TLS handshake failed: {error.reason}{hint}")
+            reason = error.reason or "it is not TLS"
+            distrust = re.search("CERT|_CA", reason)
+            hint = "; it does not trust the certificate: is it current, and --cert the full chain?" if distrust else ""
+            self.report("refused", f"{connection.peer} refused TLS handshake failed: {reason}{hint}")
             return False
+        if spoken is None:
+            return True
+
         text = b"This port speaks https: use https:// in the URL.\n"
-        link.send(format_head(400, len(text), "text/plain; charset=utf-8", [("Connection", "close")]) + text)
-        tell(f"{link.peer} refused 400 plain HTTP on the TLS port; the URL has to begin with https://")
-        link.end(unread=True)
+        head = format_head(400, len(text), "text/plain; charset=utf-8", [("Connection", "close")])
+        hint = NO_PROXY_PROTOCOL if spoken == PROXY_PROTOCOL else "the URL has to begin with https://"
+        self.report("refused", f"{connection.peer} refused 400 {spoken} on the TLS port: {hint}")
+        connection.send(head + text, self.settings.request_timeout)
+        connection.end(unread=True)
         return False
 
+    # the end
+
     def stop(self) -> None:
-        """Answer what has been sent whole, then end all connections; within STOP_SECONDS and some."""
-        end, grace = time.monotonic() + STOP_SECONDS, time.monotonic() + STOP_GRACE
+        """Answer what has been sent whole, then end all connections: within STOP_SECONDS and some."""
+        begun = time.monotonic()
+        self.take_backlog(begun + STOP_GRACE)
+        self.wait_for_answers(begun + STOP_GRACE, begun + STOP_SECONDS)
+        self.cut_the_rest()
+
+    def take_backlog(self, end: float) -> None:
+        """Accept who has connected before, but for the sockets of systemd: theirs is for our successor."""
         for listener in self.listeners:
-            # The backlog is answered too, but for the sockets of systemd: theirs is for our successor.
-            while not self.inherited and time.monotonic() < grace and self.accept(listener):
+            while not self.inherited and time.monotonic() < end and self.accept(listener):
                 pass
             listener.close()
+
+    def wait_for_answers(self, grace: float, end: float) -> None:
+        """Let senders finish what they have begun until `grace`, and have that answered until `end` (monotonic)."""
         with self.changed:
-            while self.connections and time.monotonic() < end:
-                self.sweep(time.monotonic() >= grace)
-                self.changed.wait(0.1)
+            self.changed.wait_for(self.has_none, grace - time.monotonic())
+            for connection in self.connections:
+                if connection.interruption is None:
+                    connection.interrupt(Stopped)
+            self.changed.wait_for(self.has_none, end - time.monotonic())
+
+    def cut_the_rest(self) -> None:
+        """End the connections whose event the disk does not take, and then those that take no answer."""
         self.journal.close()  # no append waits any longer
         with self.changed:
-            self.changed.wait_for(lambda: not self.connections, 0.5)
-            for link in self.connections:
-                link.cut()
-            self.changed.wait_for(lambda: not self.connections, 0.5)
-        self.reports.put("")
-        self.reporter.join(2 * STDERR_SECONDS)
+            self.changed.wait_for(self.has_none, CUT_SECONDS)
+            for connection in self.connections:
+                connection.interrupt(Evicted)
+            self.changed.wait_for(self.has_none, CUT_SECONDS)
+
+    def has_none(self) -> bool:
+        return not self.connections
 
 
 def open_listeners(host: str, port: int) -> list[socket.socket]:
@@ -2624,31 +3047,23 @@ def shortfalls() -> str:
 
 def run(receiver: Receiver) -> int:
     """Serve until a signal says stop; return the exit code."""
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        signal.set_wakeup_fd(receiver.bell.fileno(), warn_on_full_buffer=False)
-        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
-        before = {number: signal.signal(number, receiver.obey) for number in numbers}
     settings, journal = receiver.settings, receiver.journal
     scheme, address = "http" if settings.behind_proxy else "https", receiver.listeners[0].getsockname()
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     tell(f"listening on {scheme}://{host}:{address[1]}{settings.path}, log {os.path.abspath(settings.log)}")
     if lacks := shortfalls():
         tell(f"warning: on this system {lacks}")
+
     notify("READY=1")
     receiver.serve_forever()
     notify("STOPPING=1")
     tell("stopping: answering what has been sent")
     receiver.stop()
-    journal.close()
-    counts = ", ".join(f"{next(count)} {outcome}" for outcome, count in receiver.counts.items())
-    for number, handler in before.items():  # one more while the interpreter ends would set the exit code; others go on
-        signal.signal(number, signal.SIG_IGN if __name__ == "__main__" else handler)
-        signal.set_wakeup_fd(-1)
-    tell(f"stopped: {counts}")
+
+    tell("stopped: " + ", ".join(f"{count} {outcome}" for outcome, count in receiver.counts.items()))
     if journal.final:
         tell(f"error: {journal.final}: it cannot be known what is on the disk; start again")
-    return 1 if journal.final or receiver.connections else 0
+    return 1 if journal.final else 0
 
 
 def reload_settings(receiver: Receiver, options: argparse.Namespace) -> None:
@@ -2670,10 +3085,10 @@ def serve(options: argparse.Namespace) -> int:
     """Receive events until a signal says stop."""
     settings = load_serving(options)
     certificate = load_certificate(settings)
-    with open_journal(settings.log) as journal:
+    with Signals() as signals, open_journal(settings.log) as journal:
         inherited = take_listeners()
         listeners = inherited or open_listeners(settings.host, settings.port)
-        receiver = Receiver(settings, journal, listeners, certificate, bool(inherited))
+        receiver = Receiver(settings, journal, listeners, certificate, signals, inherited=bool(inherited))
         receiver.on_hangup = lambda: reload_settings(receiver, options)
         return run(receiver)
 
@@ -2714,9 +3129,9 @@ def demo(options: argparse.Namespace) -> int:
                         port=options.port, log=log)
     pathlib.Path(folder, ".env").touch(0o600)
     pathlib.Path(folder, ".env").write_text(f"SKYPE_API_KEY={credential.api_key}\nSKYPE_API_SECRET={credential.api_secret.decode()}\n")
-    with open_journal(log) as journal:
+    with Signals() as signals, open_journal(log) as journal:
         listeners = open_listeners(settings.host, settings.port)
-        receiver = Receiver(settings, journal, listeners, load_certificate(settings))
+        receiver = Receiver(settings, journal, listeners, load_certificate(settings), signals)
         url = f"https://localhost:{listeners[0].getsockname()[1]}/"
         threading.Thread(target=show_delivery, args=(url, credential, folder), daemon=True).start()
         return run(receiver)
@@ -2817,18 +3232,25 @@ def _make_parser(command: str) -> Parser:
     return parser
 
 
+def run_command(command: str, words: Sequence[str]) -> int:
+    """Run one command; return its exit code. What it had to say on stderr is written by its end."""
+    try:
+        return COMMANDS[command][0](_make_parser(command).parse_args(words))
+    finally:
+        REPORTER.flush()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 done, 1 failed while running, 2 wrong usage or settings."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # it was closed: the log would get its number, and then the lines for stderr
     os.close(descriptor)
     sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
-    threading.excepthook = lambda fault: tell_fault(fault.exc_value or fault.exc_type(), "thread")
+    threading.excepthook = lambda fault: tell(f"thread {describe_fault(fault.exc_value or fault.exc_type())}")
     words = list(sys.argv[1:] if argv is None else argv)
     command = words.pop(0) if words and words[0] in COMMANDS else "serve"
     try:
-        options = _make_parser(command).parse_args(words)
-        code = COMMANDS[command][0](options)
+        code = run_command(command, words)
         sys.stdout.flush()
         return code
     except SettingsError as error:
@@ -2844,7 +3266,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would try again, complain, and end with 120
         return 1
     except Exception as error:
-        tell_fault(error, command)
+        tell(f"{command} {describe_fault(error)}")
+        REPORTER.flush()
         return 1
 
 

@@ -258,10 +258,12 @@ def shared(tmp_path_factory, certificate):
 
 
 @contextlib.contextmanager
-def faulty(server, rule, path=None):
-    """Let system calls on the log or its folder, or on `path`, fail or take long, by strace's rule (`fdatasync:error=EIO:when=1`)."""
+def faulty(server, rule, path=None, anywhere=False):
+    """Let system calls on the log or its folder, on `path`, or all, fail or take long, by strace's rule
+    (`fdatasync:error=EIO:when=1`)."""
     words = [program("strace"), "-f", "-o", os.devnull, "-p", str(server.process.pid), f"--inject={rule}"]
-    words += [word for each in ([path] if path else [server.log, server.log.parent]) for word in ("-P", str(each))]
+    paths = [path] if path else [server.log, server.log.parent]
+    words += [word for each in paths for word in ("-P", str(each)) if not anywhere]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as tracer:
         if "attached" not in (said := tracer.stderr.readline()):
             pytest.skip(f"needs leave to trace a process: {said}")
@@ -1711,12 +1713,13 @@ REQUEST_LINES = {
     "BOM before": ("POST", "\xef\xbb\xbfPOST", 400), "NUL in method": ("POST", "PO\0ST", 400),
     "delimiter in method": ("POST", "PO(ST", 400), "not ASCII in method": ("POST", "POST\x80", 400), "no method": ("POST", "", 400),
     "lower-case method": ("POST", "post", 405), "another method": ("POST", "MKCOLA", 405), "GET with a body": ("POST", "GET", 405),
-    "GET of nothing with a body": ("POST /", "GET /x", 404), "CONNECT": ("POST /", "CONNECT x:443", 404),
+    "GET of nothing with a body": ("POST /", "GET /x", 404), "CONNECT": ("POST /", "CONNECT x:443", 400),
     "GET without a body": ("POST", "GET / HTTP/1.1\r\nHost: x\r\n\r\nPOST", (405, 200, 200)), "absolute form": ("/ ", "http://x/ ", 200),
     "absolute form without path": ("/ ", "HTTPS://x ", 200), "absolute form without path, query": ("/ ", "http://x?a=/b ", 200),
     "absolute form of another host": ("/ ", "http://y:1/ ", 200), "absolute form, another scheme": ("/ ", "ftp://x/ ", 404),
-    "absolute form without host": ("/ ", "http:/// ", 404), "asterisk form": ("/ ", "* ", 404), "authority form": ("/ ", "x:443 ", 404),
-    "no slash": ("/ ", "x ", 404), "two slashes": ("/ ", "// ", 404), "dot segment": ("/ ", "/. ", 404),
+    "absolute form without host": ("/ ", "http:/// ", 400), "asterisk form": ("/ ", "* ", 400), "authority form": ("/ ", "x:443 ", 400),
+    "OPTIONS of everything": ("POST /", "OPTIONS *", 404), "a query alone": ("/ ", "?x ", 400), "a question mark alone": ("/ ", "? ", 400),
+    "no slash": ("/ ", "x ", 400), "two slashes": ("/ ", "// ", 404), "dot segment": ("/ ", "/. ", 404),
     "encoded slash": ("/ ", "/%2f ", 404), "backslash": ("/ ", "/\\ ", 404), "fragment": ("/ ", "/#a ", 404),
     "query": ("/ ", "/?a=b?c ", 200), "target of 8 KiB": ("/ ", "/?" + "a" * 8190 + " ", 200),
     "target over 8 KiB": ("/ ", "/?" + "a" * 8191 + " ", 414), "target over 16 KiB": ("/ ", "/" + "a" * 20_000 + " ", 414),
@@ -1831,7 +1834,7 @@ CHUNKS = {
     "other bytes after data": ("{body}\r\n", "{body}xx", 400), "more bytes after data": ("{body}\r\n", "{body}xx\r\n", 400),
     "CR and another after data": ("{body}\r\n", "{body}\rx", 400), "another and LF after data": ("{body}\r\n", "{body}x\n", 400),
     "two ends after data": ("{body}\r\n", "{body}\r\n\r\n", 400), "size one short": ("11", "10", 400), "size one long": ("11", "12", 400),
-    "size over the cap": ("11", "100000", 413), "size of 2**32 + 17": ("11", "100000011", 413),
+    "size over the cap": ("11", "100001", 413), "size of 2**32 + 17": ("11", "100000011", 413),
     "size of 2**64 + 17": ("11", "10000000000000011", 413), "size of 8 KiB": ("11", "f" * 8192, 413),
     "no last chunk": ("0\r\n\r\n", "", 400), "last chunk of zeros": ("0\r\n\r\n", "000;a=b\r\n\r\n", 200),
     "last chunk -0": ("0\r\n\r\n", "-0\r\n\r\n", 400), "LF after the last chunk": ("0\r\n\r\n", "0\n\r\n", 400),
@@ -1905,19 +1908,22 @@ def test_a_delivery_is_one_wherever_it_is_cut(shared):
         assert peer.answer()[0] == 400
 
 
-@pytest.mark.parametrize(("size", "framing", "due"), [(2**20, 0, 200), (2**20 + 1, 0, 413), (2**20 - 14, 14, 200), (2**20 - 13, 14, 413)])
-def test_a_body_with_its_framing_may_be_as_long_as_the_cap(shared, size, framing, due):
+@pytest.mark.parametrize("chunks", [False, True])
+@pytest.mark.parametrize(("size", "due"), [(2**20, 200), (2**20 + 1, 413)])
+def test_a_body_may_be_as_long_as_the_cap(shared, size, due, chunks):
     body = event(x="y" * (size - len(event(x=""))))
-    raw = b"%x\r\n%b\r\n0\r\n\r\n" % (size, body) if framing else body
-    assert (len(body), len(raw)) == (size, size + framing)
     with Peer(shared.port) as peer:
-        assert peer.ask(chunked(body) + raw if framing else post(body)) == due
+        sent = chunked(body) + b"%x\r\n%b\r\n0\r\n\r\n" % (size, body)
+        assert peer.ask(sent if chunks else post(body)) == due
 
 
-def test_chunk_extensions_count_towards_the_cap(shared):
-    with Peer(shared.port) as peer:
-        assert peer.ask(chunked(BODY) + (b"1;" + b"a" * 8000 + b"\r\n \r\n") * 140) == 413
-    assert shared.deliver(event())[0] == 200
+@pytest.mark.parametrize(("size", "due"), [(1000, 200), (1001, 413)])
+def test_the_framing_of_a_body_may_be_as_long_as_the_cap(serve, size, due):
+    server, body = serve("--max-body", "1000"), event()
+    first = b"%x" % len(body)
+    last = b"0;" + b"a" * (size - len(first) - len("\r\n" * 4) - len("0;"))
+    with Peer(server.port) as peer:
+        assert peer.ask(chunked(body) + b"\r\n".join([first, body, last, b"", b""])) == due
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="this system cannot be told to acknowledge at once")
@@ -2017,6 +2023,17 @@ def test_plain_http_is_told_to_use_https(shared):
         assert (status, fields["content-type"].split(";")[0]) == (400, "text/plain") and b"https" in content and peer.ended()
 
 
+@pytest.mark.parametrize("header", [b"PROXY TCP4 192.0.2.1 192.0.2.2 4711 443\r\n",
+                                    b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c" + bytes(12)], ids=["1", "2"])
+@pytest.mark.parametrize("flags", [(), ("--behind-proxy",)], ids=["TLS", "plain"])
+def test_the_proxy_protocol_is_named(serve, flags, header):
+    server = serve(*flags)
+    with Peer(server.port, tls=False) as peer:
+        assert peer.ask(header + post(event())) == 400 and peer.ended()
+    server.wait_for("refused 400 .*the PROXY protocol is not spoken here; turn it off in the proxy")
+    assert not server.ids()
+
+
 @pytest.mark.parametrize(("size", "due"), [(16_384, 200), (16_385, 431)])
 def test_a_head_of_16_kib_is_the_longest_however_late_its_end(shared, size, due):
     head = HEALTH[:-2] + b"X: " + b"x" * (size - len(HEALTH) - 5) + b"\r\n\r\n"
@@ -2052,7 +2069,7 @@ def test_pipelined_answers_do_not_wait_for_each_other(shared):
         pauses = []
         for _ in range(30):
             begun = time.monotonic()
-            peer.send(HEALTH * 2)
+            peer.send(post(event()) + HEALTH)
             assert [peer.answer()[0], peer.answer()[0]] == [200, 200]
             pauses.append(time.monotonic() - begun)
     assert sorted(pauses)[20] < 0.03  # with Nagle, 40 ms
@@ -2115,23 +2132,68 @@ def test_drip_by_drip_every_stage_has_the_same_time_in_all(serve):
     assert server.deliver(event())[0] == 200
 
 
-def test_an_idle_connection_is_closed_and_a_busy_one_is_not(serve):
-    server = serve("--request-timeout", "1.5")
-    with Peer(server.port) as idle, Peer(server.port) as busy:
-        assert idle.ask(post(event())) == busy.ask(post(event())) == 200
+def test_a_connection_that_has_delivered_may_be_idle_for_longer(serve):
+    server = serve("--request-timeout", "1", limits={"IDLE_SECONDS": 2.5})
+    with Peer(server.port) as other, Peer(server.port) as proven:
+        assert (other.ask(HEALTH), proven.ask(post(event()))) == (200, 200)
+        begun = time.monotonic()
+        assert other.ended() and 0.9 <= time.monotonic() - begun < 2
+        time.sleep(0.8)  # longer than the time of a request, which begins only now
+        assert proven.ask(post(event())) == 200
+        begun = time.monotonic()
+        assert proven.ended() and 2.4 <= time.monotonic() - begun < 4
+
+
+def test_behind_a_proxy_a_connection_may_be_idle_before_its_first_request(serve):
+    server = serve("--behind-proxy", "--request-timeout", "0.5", limits={"IDLE_SECONDS": 3})
+    with Peer(server.port, tls=False) as peer:
+        time.sleep(1)
         raw = post(event())
-        for part in (raw[:9], raw[9:]):
-            time.sleep(0.9)  # its pauses, before a request and within it, are longer together than the time of each
-            busy.send(part)
-        assert busy.answer()[0] == 200 and idle.ended()
+        peer.send(raw[:9])
+        begun = time.monotonic()
+        assert peer.answer()[0] == 408 and 0.4 <= time.monotonic() - begun < 2
+
+
+def test_a_request_that_begins_as_the_idle_time_ends_is_answered(serve):
+    server = serve("--request-timeout", "1", limits={"IDLE_SECONDS": 0.4})
+    outcomes = []
+
+    def deliver(pause):
+        with Peer(server.port) as peer:
+            assert peer.ask(post(event())) == 200
+            raw, (first, rest) = post(event()), (slice(9), slice(9, None))
+            time.sleep(pause)
+            with contextlib.suppress(OSError):  # it may be closed already: then there is no answer
+                peer.send(raw[first])
+                time.sleep(0.2)
+                peer.send(raw[rest])
+            outcomes.append(peer.answer()[0])
+
+    for thread in [gather(1, functools.partial(deliver, 0.3 + step / 200))[0] for step in range(40)]:
+        thread.join()
+    assert len(outcomes) == 40 and set(outcomes) == {0, 200}
+
+
+def test_a_lower_request_timeout_counts_from_the_next_connection_on(serve, tmp_path):
+    env = tmp_path / "env"
+    env.write_text("SKYPE_REQUEST_TIMEOUT=60\n")
+    server = serve("--env-file", env)
+    with Peer(server.port) as before:
+        env.write_text("SKYPE_REQUEST_TIMEOUT=0.5\n")
+        server.hang_up("read again")
+        with Peer(server.port) as half:
+            half.send(b"POST ")
+            assert half.answer()[0] == 408
+        assert before.ask(post(event())) == 200
 
 
 def test_a_peer_that_takes_no_answers_is_cut_off(serve):
     server = serve("--request-timeout", "0.5")
     with Peer(server.port, timeout=15) as peer:
         with pytest.raises(CUT_OFF):
+            delivery = post(event()) * 100
             while True:
-                peer.send(HEALTH * 100)
+                peer.send(delivery)
         with pytest.raises(CUT_OFF):
             peer.file.read()  # by a closure alert, that is: as a peer which is late with its request, and takes answers
     assert server.deliver(event())[0] == 200
@@ -2195,13 +2257,101 @@ def test_who_was_evicted_amid_its_request_is_not_told_of(serve):
     server.wait_for("stopped: 1 recorded, 0 duplicate, 0 refused")
 
 
-def test_a_fault_costs_its_connection_alone(serve):
+def test_a_fault_costs_its_request_alone_and_is_answered_told_and_counted(serve):
     server = serve("--max-connections", "1", limits={"CHUNK_LINE_LIMIT": None})
     for _ in range(2):
         with Peer(server.port) as peer:
-            assert peer.ask(chunked(BODY)) == 0
+            assert peer.ask(chunked(BODY)) == 500 and peer.ended()
         assert server.deliver(event())[0] == 200
-    assert server.stderr().count("fault TypeError in ") == 2
+    assert server.stop() == 0
+    assert server.stderr().count("refused 500 the receiver has a fault; send it again (fault TypeError in ") == 2
+    assert "2 recorded, 0 duplicate, 2 refused" in server.stderr()
+
+
+def test_an_error_of_the_system_within_a_request_is_a_fault(serve):
+    server = serve(SKYPE_VIEW_PASSWORD=PASSWORD)
+    assert server.deliver(event())[0] == 200
+    with faulty(server, "read:error=EIO"):
+        assert get(server, "/events", basic(PASSWORD))[0] == 500
+    assert server.deliver(event())[0] == 200 and server.stop() == 0
+    assert "refused 500 the receiver has a fault; send it again (fault OSError in " in server.stderr()
+
+
+def test_eight_answers_without_an_event_end_a_connection(serve):
+    server = serve()
+    with Peer(server.port) as peer:
+        peer.send(HEALTH * 7 + post(event()) + HEALTH * 9)
+        answers = [peer.answer() for _ in range(16)]
+        assert [status for status, _, _ in answers] == [200] * 16
+        assert ["connection" in fields for _, fields, _ in answers] == [False] * 15 + [True]
+        assert peer.ended()
+
+
+def test_eight_answers_without_an_event_end_no_proxy_s_connection(serve):
+    with Peer(serve("--behind-proxy").port, tls=False) as peer:
+        peer.send(HEALTH * 20)
+        assert [peer.answer()[0] for _ in range(20)] == [200] * 20
+
+
+def test_evictions_are_told_and_counted(serve):
+    server = serve("--max-connections", "2")
+    flood = connect(server, 12)
+    server.wait_for("evicted [0-9]+ connections, .* raise --max-connections")
+    assert server.deliver(event())[0] == 200 and server.stop() == 0
+    assert re.search("stopped: 1 recorded, 0 duplicate, 0 refused, 1[0-2] evicted", server.stderr())
+    assert server.stderr().count("raise --max-connections") == 1
+    for peer in flood:
+        peer.close()
+
+
+def test_an_accept_that_fails_for_its_peer_evicts_nobody(serve):
+    server = serve("--max-connections", "2")
+    with Peer(server.port) as idle, faulty(server, "accept4:error=EPROTO:when=1..3", anywhere=True):
+        assert server.deliver(event())[0] == 200
+        assert idle.ask(post(event())) == 200
+    assert server.stop() == 0 and "0 evicted" in server.stderr() and "cannot accept" not in server.stderr()
+
+
+def test_refusals_are_told_a_hundred_times_a_second(serve):
+    server = serve("--behind-proxy")
+    with Peer(server.port, tls=False) as peer:
+        peer.send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n" * 1000)
+        assert [peer.answer()[0] for _ in range(1000)] == [401] * 1000
+    assert server.stop() == 0
+    told = re.findall("^([0-9T:-]+).*refused 401", server.stderr(), re.MULTILINE)
+    untold = re.findall("Z ([0-9]+) more refused", server.stderr())
+    assert untold and max(map(told.count, told)) <= 100 and len(told) + sum(map(int, untold)) == 1000
+
+
+def test_a_fault_of_the_reporter_costs_one_line(capfd):
+    reporter = sw.Reporter()
+    reporter.tell(None)
+    assert until(lambda: "reporter fault AttributeError in " in capfd.readouterr().err)
+    reporter.tell("after it")
+    reporter.flush()
+    assert capfd.readouterr().err.endswith("Z after it\n")
+
+
+def has_read(server, peer):
+    """Return whether the receiver has read all that a peer has sent."""
+    ends = f":{server.port:04X} ", f":{peer.socket.getsockname()[1]:04X} "
+    lines = pathlib.Path("/proc/net/tcp").read_text().splitlines()
+    return any(line.split()[4].endswith(":00000000") for line in lines if re.search(".*".join(ends), line))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="needs Linux' /proc")
+def test_a_request_is_judged_by_the_settings_that_it_began_with(serve, tmp_path):
+    env = tmp_path / "env"
+    env.write_text(f"SKYPE_VIEW_PASSWORD={PASSWORD}\n", "utf-8")
+    server = serve("--env-file", env)
+    with Peer(server.port) as begun, Peer(server.port) as empty:
+        for peer, password in ((begun, PASSWORD), (empty, "")):
+            peer.send(f"GET / HTTP/1.1\r\nHost: x\r\n{basic(password)}\r\n".encode())
+            assert until(lambda peer=peer: has_read(server, peer))
+        env.write_text("")
+        server.hang_up("read again")
+        assert [peer.ask(b"\r\n") for peer in (begun, empty)] == [200, 401]
+    assert get(server, "/", basic(PASSWORD))[0] == 405
 
 
 def test_a_kept_sender_that_has_delivered_outlives_a_flood(serve):
@@ -2348,11 +2498,29 @@ def test_sigterm_waits_no_longer_for_a_peer_that_takes_no_answer_than_its_time(s
     with Peer(server.port, timeout=15) as peer:
         server.process.terminate()
         with pytest.raises(CUT_OFF):
+            delivery = post(event()) * 300
             while True:  # for as long as it takes to fill every buffer on the way
-                peer.send(HEALTH * 300)
+                peer.send(delivery)
         with pytest.raises(CUT_OFF):
             peer.file.read()
     assert server.stop() == 0
+
+
+def test_a_sigterm_before_the_port_opens_is_obeyed(tmp_path):
+    code = ("import os, signal, sys, skype_webhook as sw; listen = sw.open_listeners;"
+            "sw.open_listeners = lambda *a: os.kill(os.getpid(), signal.SIGTERM) or listen(*a);"
+            "sys.exit(sw.main(['--behind-proxy', '--port', '0', '--log', sys.argv[1]]))")
+    words = [sys.executable, "-c", code, str(tmp_path / "events.jsonl")]
+    done = subprocess.run(words, cwd=HERE, env={**CLEAN, **OURS}, stderr=subprocess.PIPE, timeout=30, check=False)
+    assert done.returncode == 0 and b"stopped: 0 recorded" in done.stderr
+
+
+def test_sigusr1_and_sigusr2_change_nothing(serve):
+    server = serve()
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        server.process.send_signal(number)
+        assert server.deliver(event())[0] == 200
+    assert server.stop() == 0 and len(server.stderr().splitlines()) == 5
 
 
 def test_a_storm_of_signals_loses_none_and_does_not_change_the_exit_code(serve):
@@ -2414,7 +2582,8 @@ def test_a_renewed_certificate_is_served_to_new_connections_within_seconds(serve
         renew(live, archive, 2, *new)
         assert until(lambda: served_certificate(server) != first, 10)
         assert kept.ask(post(event())) == server.deliver(event())[0] == 200
-    assert "the new certificate" in server.stderr() and "warning" not in server.stderr()
+    server.wait_for("the new certificate")
+    assert "warning" not in server.stderr()
 
 
 def test_half_a_renewal_changes_nothing_until_it_is_whole(serve, tmp_path):
@@ -2553,6 +2722,25 @@ def test_behind_a_proxy_the_address_that_it_saw_is_named(serve):
     assert server.deliver(event(), "X-Forwarded-For: 203.0.113.9, evil\x1b[2J", tls=False)[0] == 400
     assert server.deliver(event(), "X-Forwarded-For: nonsense", tls=False)[0] == 200
     server.wait_for(r" 203\.0\.113\.9 recorded (.|\n)* 127\.0\.0\.1:\d+ recorded ")
+
+
+@pytest.mark.parametrize(("value", "address"), [
+    ("203.0.113.9", "203.0.113.9"),
+    ("198.51.100.1, 203.0.113.9", "203.0.113.9"),
+    ("203.0.113.9:4711", "203.0.113.9"),
+    ("2001:DB8::1", "2001:db8::1"),
+    ("[2001:db8::1]", "2001:db8::1"),
+    ("[2001:db8::1]:4711", "2001:db8::1"),
+    ("fe80::1%any text", None),
+    ("[fe80::1%1]:4711", None),
+    ("203.0.113.9:port", None),
+    ("203.0.113", None),
+    ("unknown", None),
+    ("203.0.113.9,", None),
+    ("", None),
+])
+def test_the_address_that_a_proxy_saw_is_its_last_one(value, address):
+    assert sw.forwarded_for({"x-forwarded-for": value}) == address
 
 
 # How to start it, how to end it once all is answered, its configuration. Each logs: what was handed on, or not|status|request line.
@@ -2797,15 +2985,34 @@ def test_the_view_needs_its_password(view):
     assert view.deliver(event())[0] == 200
 
 
-def test_addresses_of_wrong_passwords_are_remembered_up_to_a_bound(serve):
-    server = serve("--behind-proxy", SKYPE_VIEW_PASSWORD=PASSWORD, limits={"WRONG_ADDRESSES": 2, "WRONG_PASSWORDS": 1})
+def ask_as(server, address, password):
+    """Ask for the page behind a proxy that names this address; return the status."""
+    head = f"GET / HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: {address}\r\n{basic(password)}\r\n\r\n"
+    with Peer(server.port, tls=False) as peer:
+        return peer.ask(head.encode())
 
-    def status(host, password):
-        with Peer(server.port, tls=False) as peer:
-            return peer.ask(f"GET / HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: 192.0.2.{host}\r\n{basic(password)}\r\n\r\n".encode())
 
-    assert [status(host, "wrong") for host in (1, 2, 1, 3, 4)] == [401, 401, 429, 401, 401]
-    assert [status(host, PASSWORD) for host in (1, 2, 3, 4)] == [200, 200, 200, 429]
+def test_wrong_passwords_are_counted_by_network(serve):
+    server = serve("--behind-proxy", SKYPE_VIEW_PASSWORD=PASSWORD, limits={"WRONG_PASSWORDS": 1})
+    addresses = ["192.0.2.1", "192.0.2.1", "192.0.2.2", "2001:db8::1", "2001:db8::2", "2001:db8:0:1::1"]
+    assert [ask_as(server, each, "wrong") for each in addresses] == [401, 429, 401, 401, 429, 401]
+
+
+def test_guesses_from_many_networks_do_not_lock_out_who_had_the_password(serve):
+    limits = {"WRONG_PASSWORDS": 2, "WRONG_PASSWORDS_IN_ALL": 3}
+    server = serve("--behind-proxy", SKYPE_VIEW_PASSWORD=PASSWORD, limits=limits)
+    assert ask_as(server, "192.0.2.9", PASSWORD) == 200
+    assert [ask_as(server, f"192.0.2.{host}", "wrong") for host in range(4)] == [401, 401, 401, 429]
+    assert ask_as(server, "192.0.2.8", PASSWORD) == 429
+    assert [ask_as(server, "192.0.2.9", each) for each in (PASSWORD, "wrong", "wrong", PASSWORD)] == [200, 401, 401, 429]
+
+
+def test_the_share_of_wrong_passwords_is_anew_each_minute():
+    guesses = sw.Guesses()
+    for _ in range(sw.WRONG_PASSWORDS):
+        assert not guesses.are_too_many("192.0.2.1", 59)
+        guesses.note("192.0.2.1", right=False)
+    assert guesses.are_too_many("192.0.2.1", 59) and not guesses.are_too_many("192.0.2.1", 60)
 
 
 def test_the_page_names_the_url_to_deliver_to(serve):
@@ -3452,6 +3659,7 @@ def test_a_fault_is_told_by_its_kind_and_place_only(tmp_path, monkeypatch, capfd
     assert sw.main(["--behind-proxy", "--port", "0"]) == 1
     for thread in gather(1, fault):
         thread.join()
+    sw.REPORTER.flush()
     told = capfd.readouterr().err
     assert told.count("\n") == told.count(" fault RuntimeError in fault, line ") == 2 and "hush" not in told
 
