@@ -1352,13 +1352,11 @@ class Journal:
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
             self._abandon("the disk did not take it before the receiver had to stop")
-        elif self._file:
-            self._file.close()
 
     # the thread
 
     def _run(self) -> None:
-        """Commit one batch after another, until the journal closes or a sync fails."""
+        """Commit one batch after another, until the journal closes or a sync fails; let the file go."""
         try:
             while batch := self._next_batch():
                 self._settle(batch, self._commit(batch))
@@ -1367,6 +1365,9 @@ class Journal:
             final = f"{self.path}: {error}"
         except Exception as fault:  # out of memory, or a fault of ours
             final = f"{self.path}: {type(fault).__name__}"
+        finally:
+            if self._file:
+                self._file.close()
         with self._lock:
             self.final = final
         self.on_final()
