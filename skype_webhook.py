@@ -24,7 +24,7 @@ import base64
 import contextlib
 import dataclasses
 import errno
-import glob
+import gzip
 import hashlib
 import hmac
 import http.client
@@ -35,6 +35,7 @@ import itertools
 import json
 import json.encoder
 import math
+import operator
 import os
 import pathlib
 import queue
@@ -57,13 +58,13 @@ import time
 import traceback
 import urllib.parse
 import uuid
-from array import array
-from collections import Counter, OrderedDict, defaultdict
+import zlib
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
 from functools import cached_property, lru_cache
-from typing import Any, Literal, NamedTuple, NoReturn, Optional
+from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn
 
 try:
     import fcntl
@@ -142,6 +143,17 @@ class SyncFailed(Exception):
 
 class SettingsError(Exception):
     """A wrong setting, in one line that says what to do. Ends the start with exit code 2."""
+
+
+def file_kind(mode: int) -> str:
+    """Return what kind of file a mode (`os.stat`) is of, in words; "a file" is a regular one."""
+    if stat.S_ISREG(mode):
+        return "a file"
+    if stat.S_ISDIR(mode):
+        return "a folder"
+    if stat.S_ISFIFO(mode):
+        return "a named pipe"
+    return "a socket" if stat.S_ISSOCK(mode) else "a device"
 
 
 def _why(error: BaseException) -> str:
@@ -917,12 +929,6 @@ _MENDED = {
 }
 _BLANKS = b" \0"  # a power cut leaves NULs, a seal that was cut short spaces
 _UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}  # NFS, FUSE, CIFS
-_OTHER_KINDS = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a named pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (lambda mode: True, "a device"),
-)
 
 
 def _is_event(line: bytes) -> bool:
@@ -953,8 +959,8 @@ def classify_tail(tail: bytes) -> TailKind:
 def _check_kind(status: os.stat_result) -> None:
     """Raise JournalError where a file cannot be a log."""
     if not stat.S_ISREG(status.st_mode):
-        kinds = [kind for is_kind, kind in _OTHER_KINDS if is_kind(status.st_mode)]
-        raise JournalError(f"it is {kinds[0]}; a log is a regular file, like events.jsonl")
+        kind = file_kind(status.st_mode)
+        raise JournalError(f"it is {kind}; a log is a regular file, like events.jsonl")
     if status.st_nlink == 0:
         raise JournalError("it has been removed and is only mounted here, so that events would be "
                            "lost with the mount; mount the folder of the log, not the file")
@@ -2056,91 +2062,122 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def _open_log(path: str) -> io.FileIO | None:
-    """Open a log to read, if it is there; a pipe of that name would keep us waiting."""
+    """Open a log to read, if it is there and a regular file; a pipe would keep us waiting."""
     try:
         return io.FileIO(path) if os.path.isfile(path) else None
     except OSError:
         return None
 
 
-def _mark(file: io.FileIO | None) -> str:
-    """Return what a log is known by, whatever its name: a hash of how its first event begins, id included; "" if it has none yet."""
-    start = file.read(_ID.stop) if file and file.seek(0) == 0 else b""
-    return hashlib.sha256(start).hexdigest()[:32] if len(start) == _ID.stop else ""
+def _log_mark(file: io.FileIO) -> str:
+    """Return what a log is known by, whatever its name: its inode and its first event; "" before it has one."""
+    file.seek(0)
+    start = file.read(_ID.stop)
+    if len(start) < _ID.stop:
+        return ""
+    inode = os.fstat(file.fileno()).st_ino
+    return hashlib.sha256(b"%d %b" % (inode, start)).hexdigest()[:16]
 
 
 class Tail:
-    """The log as a reader follows it: whole lines only, each once, over rotation, copytruncate and removal.
+    """The log as a reader follows it: whole lines, each once, over rotation, truncation and removal.
 
-    `files` is a queue: the one that is read, from `offset` on, then those that follow it. How a rotation is noticed: the
-    journal never writes to a file again once it has written to the next. So as soon as another file at the path holds an
-    event it is queued, and the one before is complete. Until then, a missing or empty file at the path means nothing.
+    `file` is the one that is read, from `offset` on. The journal never writes to a file again once it
+    has written to the next. So as soon as another file at the path holds an event, it is opened
+    (`following`), the rest of `file` is all that there will be of it, and then `following` takes its
+    place. Until then, a missing or empty file at the path means nothing.
 
-    How a truncation is noticed: the file at the path is the one that is read, but its `mark` is another. What was not read
-    of it before is gone, and it is read from its start.
-
-    A reader that was away comes back by mark and offset. A rotated file keeps its mark under its new name.
+    A file that begins with another event than before was truncated (copytruncate), and is read from
+    its start.
     """
 
     def __init__(self, path: str) -> None:
-        self.path, self.offset = path, 0
-        self.files = [file] if (file := _open_log(path)) else []
-        self.mark = _mark(file)
+        self.path = path
+        self.file = _open_log(path)
+        self.following: io.FileIO | None = None
+        self.offset = 0
+        self.mark = _log_mark(self.file) if self.file else ""
 
     def close(self) -> None:
-        for file in self.files:
-            file.close()
+        for file in (self.file, self.following):
+            if file:
+                file.close()
 
-    def size(self) -> int:
-        """Return the length in bytes of the file that is read."""
-        return self.files[0].seek(0, os.SEEK_END) if self.files else 0
+    def event_id(self, offset: int) -> str:
+        """Return the stream's id of the event whose line ends at `offset`: it names file and place."""
+        return f"{self.mark}-{offset}"
 
-    def go_back_to(self, mark: str) -> bool:
-        """Begin with the file of this mark, and queue those that were rotated after it; return whether it is still here."""
-        with contextlib.suppress(OSError):  # one has just been removed
-            names = sorted(glob.glob(glob.escape(self.path) + "?*"), key=os.path.getmtime) if mark != self.mark else []
-            rotated = [file for name in names if (file := _open_log(name))]
-            while rotated and _mark(rotated[0]) != mark:
-                rotated.pop(0).close()
-            if rotated:
-                self.files[:0], self.mark = rotated, mark
-        return mark == self.mark
+    def go_behind(self, event_id: str) -> None:
+        """Begin behind the event of this id; at the file's start, if the id is of another file."""
+        mark, _, digits = event_id.partition("-")
+        if not self.file or mark != self.mark or not re.fullmatch(r"[0-9]{1,18}", digits):
+            return
+        if int(digits) <= self.file.seek(0, os.SEEK_END):
+            self.offset = int(digits)
 
-    def read(self, partly: bool = False) -> bytes:
-        """Return the next whole lines of this file, b"" if there are none yet; of a torn one nothing, but `partly`: it may be blanked."""
-        if not self.files:
-            return b""
-        file, length = self.files[0], VIEW_BYTES
-        while True:
-            file.seek(self.offset)
-            data = file.read(length)
-            if b"\n" in data or len(data) < length:
-                break
-            length *= 2  # a longer line
-        end = len(data) if partly else data.rfind(b"\n") + 1
-        self.offset += end
-        return data[:end]
+    def go_near_end(self) -> None:
+        """Begin with the first event of the last VIEW_BYTES bytes, of more if no event begins there."""
+        size = self.file.seek(0, os.SEEK_END) if self.file else 0
+        length = VIEW_BYTES
+        while self.file and length < size:
+            self.file.seek(size - length)
+            newline = self.file.read(length).find(b"\n" + _LINE_START)
+            if newline >= 0:
+                self.offset = size - length + newline + 1
+                return
+            length *= 2
+
+    def read_on(self) -> bytes:
+        """Return the next whole lines, b"" if there are none yet; raise OSError."""
+        self._look()  # before reading: what is read of a complete file then is all of it
+        lines = self._read()
+
+        if not lines and self.following:
+            if self.file:
+                self.file.close()
+            self.file, self.following = self.following, None
+            self.offset = 0
+            self.mark = _log_mark(self.file)
+            lines = self._read()
+        return lines
 
     def _look(self) -> None:
         """Notice a rotation or a truncation."""
-        now = _open_log(self.path)
-        if now and _mark(now) and not (self.files and os.path.sameopenfile(now.fileno(), self.files[-1].fileno())):
-            self.files.append(now)
-        elif now:
-            now.close()
-        mark = _mark(self.files[0]) if self.files else ""
+        if not self.following:
+            self.following = self._open_next()
+        mark = _log_mark(self.file) if self.file else ""
         if mark not in ("", self.mark):
-            self.offset, self.mark = 0, mark
+            self.offset = 0
+            self.mark = mark
 
-    def read_on(self) -> bytes:
-        """Return the next whole lines, of the next file where this one is done with; b"" if there are none yet."""
-        self._look()  # before reading: what is read of a complete file then is all of it
-        lines = self.read()
-        if not lines and len(self.files) > 1:
-            self.files.pop(0).close()
-            self.offset, self.mark = 0, _mark(self.files[0])
-            lines = self.read()
-        return lines
+    def _open_next(self) -> io.FileIO | None:
+        """Return the file at the path, open, if it is another one and holds an event."""
+        try:
+            if self.file and os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno())):
+                return None
+        except OSError:  # nothing is there
+            return None
+
+        file = _open_log(self.path)
+        if file and not _log_mark(file):
+            file.close()
+            return None
+        return file
+
+    def _read(self) -> bytes:
+        """Return the next whole lines of `file`."""
+        if not self.file:
+            return b""
+        length = VIEW_BYTES
+        while True:
+            self.file.seek(self.offset)
+            data = self.file.read(length)
+            end = data.rfind(b"\n") + 1
+            if end or len(data) < length:
+                break
+            length *= 2  # a longer line
+        self.offset += end
+        return data[:end]
 
 
 def network_of(host: str) -> str:
@@ -2203,6 +2240,7 @@ def check_password(handler: Handler) -> None:
         raise Rejected(401, "that is not the password of the live view", challenge)
 
 
+HEARTBEAT = b"event: heartbeat\ndata: {}\n\n"  # no comment: a page's script does not hear those
 VIEW_FIELDS = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"))
 
 
@@ -2248,54 +2286,59 @@ def has_gone(viewer: Connection) -> bool:
     return False
 
 
-def format_frames(lines: bytes, start: int) -> bytes:
-    """Return whole lines, the first of which begins at the offset `start`, as server-sent events, without blank and foreign ones."""
-    frames, end = [], start
+def format_frames(tail: Tail, lines: bytes) -> bytes:
+    """Return the events in the `lines` that were just read of `tail` as server-sent events.
+
+    Blank and foreign lines are left out, and so is one with a CR, which would end its line here.
+    """
+    frames = []
+    end = tail.offset - len(lines)
     for line in lines.split(b"\n")[:-1]:
         end += len(line) + 1
         if line.startswith(_LINE_START) and b"\r" not in line:
-            frames.append(b"id: %d\ndata: %b\n\n" % (end, line))
+            frames.append(b"id: %b\ndata: %b\n\n" % (tail.event_id(end).encode(), line))
     return b"".join(frames)
 
 
-def stream_events(handler: Handler, tail: Tail, is_page: bool) -> None:
-    """Send events as they come, until the viewer goes, the server stops or the password changes; raise OSError if they are not taken."""
-    connection, server, password = handler.connection, handler.server, handler.settings.view_password
-    told: str | None = None
+def stream_events(handler: Handler, tail: Tail) -> None:
+    """Send events as they come, until the viewer goes, the server stops or the password changes.
+
+    Raise Disconnected if they are not taken.
+    """
+    server = handler.server
+    password = handler.settings.view_password
     beat = time.monotonic()
-    while not (server.stopping or has_gone(connection) or server.settings.view_password != password):
-        lines = tail.read_on()
-        start = tail.offset - len(lines)
-        data = format_frames(lines, start)
-        if is_page and told != tail.mark:
-            told = tail.mark
-            data = b'event: log\ndata: {"log":"%b","at":%d}\n\n%b' % (told.encode(), start, data)
+
+    while not (server.stopping or has_gone(handler.connection)):
+        if server.settings.view_password != password:
+            return
+        data = format_frames(tail, tail.read_on())
         if time.monotonic() - beat >= HEARTBEAT_SECONDS:
-            beat, told = beat + HEARTBEAT_SECONDS, None  # the page hears no comment: it is told its place once more
-            data += b": heartbeat\n\n"
+            beat += HEARTBEAT_SECONDS
+            data += HEARTBEAT
         handler.send(data)
         time.sleep(VIEW_PAUSE)  # so sixteen viewers leave the senders their share of the processor
 
 
 def show_events(handler: Handler) -> None:
-    """GET /events: the log as server-sent events, each a line, whose id is the offset of its end.
+    """GET /events: the log as server-sent events, each a line of it.
 
-    `?log=` is for the page: it is also told by `log` events which file it reads, and from where. By the file's mark and an
-    offset, `?log=...&after=...`, it goes on in that file, wherever that was rotated to in the meantime.
+    Who comes back with the id of the last one goes on behind it. The header comes first: a browser
+    that reconnects by itself sends it along with the query that it began with.
     """
     check_password(handler)
-    head = handler.head
-    query = dict(urllib.parse.parse_qsl(head.query, keep_blank_values=True))
-    mark, last = query.get("log"), query.get("after") or head.fields.get("last-event-id", "")
+    query = dict(urllib.parse.parse_qsl(handler.head.query))
+    last_id = handler.head.fields.get("last-event-id") or query.get("after")
+    fields = [*VIEW_FIELDS, ("X-Accel-Buffering", "no"), ("Connection", "close")]
+
     with viewer_place(handler), contextlib.closing(Tail(handler.settings.log)) as tail:
-        if not re.fullmatch(r"[0-9]{1,18}", last):
-            tail.offset = max(0, tail.size() - VIEW_BYTES)
-        elif (not mark or tail.go_back_to(mark)) and int(last) <= tail.size():
-            tail.offset = int(last)  # else its file has gone, and all of the present one is new
-        fields = [*VIEW_FIELDS, ("X-Accel-Buffering", "no"), ("Connection", "close")]
+        if last_id:
+            tail.go_behind(last_id)
+        else:
+            tail.go_near_end()
         handler.send(format_head(200, None, "text/event-stream; charset=utf-8", fields))
-        if head.method == "GET":
-            stream_events(handler, tail, mark is not None)
+        if handler.head.method == "GET":
+            stream_events(handler, tail)
 
 
 def show_page(handler: Handler) -> None:
@@ -2884,87 +2927,115 @@ def deliver_concurrently(senders: Sequence[Sender], count: int, body: Callable[[
 # --- The timeline: the log in, each interview's course out ---
 
 _COLOURS = {"Failed": "31", "Canceled": "90", "Archived": "90", "Completed": "32"}  # SGR, by how a stage's name ends
-# A million lines take JSON twelve seconds. One just like the documented event's is taken apart by a match, the rest by
-# JSON. @ is a string that is wanted, ~ another, both without escapes, # a time, and a space stands for any number of them.
-_PLAIN_LINE = re.compile((
-    r'\{"specversion":"1\.0","id":@,"source":~,"type":~,"subject":@,"time":#,"recordedtime":#,"datacontenttype":~,"data":'
-    r'\{ "previousStage": \{ "value": @ , "metadata": ~ \} , "currentStage": \{ "value": @ , "metadata": ~ \} , "event": ~ , '
-    r'"timestamp": ~ , "interviewCode": ~ \}\}').replace(" ", " *").replace("~", '"[^"\\\\\0-\x1f]*"').replace("@", '"([^"\\\\\0-\x1f]*)"')
-    .replace("#", r'"([0-9-]{10}T[0-9:]{5}):([0-5][0-9]\.[0-9]{6,7})Z"'))
-StagePair = tuple[Optional[str], Optional[str]]  # previous and current
+
+StagePair = tuple[str, str]  # the names of previousStage and currentStage, "" where there is none
+# An event as a plain tuple: interview, time and recordedtime (in ticks since 1970), a hash of the id,
+# stages. Such tuples sort into courses by themselves, and a million of them take 300 MiB.
+Row = tuple[str, int, int, int, StagePair]
 
 
-def _ticks(minute: str, seconds: str) -> int:
-    """Return the ticks of a minute as text and of seconds like 07.1234567."""
-    return _parse_minute(minute) * 60 * TICKS + int(seconds.replace(".", "").ljust(9, "0"))
-
-
-def parse_line(text: str) -> tuple[str, str, int, int, StagePair]:
-    """Return id, interview, time and recordedtime (in ticks since 1970), and stages of one line; raise ValueError, or what
-    JSON of another shape leads to."""
-    if match := _PLAIN_LINE.fullmatch(text):
-        event_id, code, minute, seconds, its_minute, its_seconds, previous, stage = match.groups()
-        return event_id, code, _ticks(minute, seconds), _ticks(its_minute, its_seconds), (previous, stage)
-    event = _JSON.decode(text)
-    body = event["data"] if "data" in event else _JSON.decode(base64.b64decode(event["data_base64"]).decode())
-    event_id, code, recorded = event["id"], event.get("subject", "-"), event["recordedtime"]
-    if not (isinstance(event_id, str) and isinstance(code, str)):
-        raise ValueError("id and subject are text")
-    return (event_id, code, parse_time(event.get("time", recorded)), parse_time(recorded),
-            (_stage(body, "previousStage", []), _stage(body, "currentStage", [])))
-
-
-class Step(NamedTuple):
+@dataclasses.dataclass
+class Step:
     """One event in an interview's course."""
 
-    time: int               # in ticks since 1970
-    stage: str | None
-    previous: str | None
-    seconds: float | None   # until the next one
-    gap: bool               # its previousStage is not the stage before it
-    late: bool              # it arrived after an event of a later time
+    time: int                      # in ticks since 1970
+    recorded: int                  # when it arrived, likewise
+    previous: str                  # its previousStage, "" where it has none
+    stage: str                     # its currentStage, likewise
+    seconds: float | None = None   # until the next one
+    gap: bool = False              # its previousStage is not the stage before it
+    late: bool = False             # it arrived after an event of a later time
 
 
-class Course:
-    """The events of all interviews: four numbers each, in one array an interview, so that a million take 40 MB."""
+def check_log(path: str, may_be_missing: bool) -> None:
+    """Raise SettingsError if the file at `path` is no log that can be read."""
+    try:
+        kind = file_kind(os.stat(path).st_mode)
+        if kind != "a file":
+            raise SettingsError(f"{path} is {kind}; name a log, a .gz file, or - for stdin")
+        open(path, "rb").close()
+    except FileNotFoundError:
+        if not may_be_missing:
+            raise SettingsError(f"{path}: there is no such file; name a log, or set SKYPE_LOG") from None
+    except PermissionError as error:
+        raise SettingsError(f"{path}: {_why(error)}; run this as the user that the receiver runs as") from None
+    except OSError as error:
+        raise SettingsError(f"{path}: {_why(error)}") from None
 
-    def __init__(self) -> None:
-        self.events: defaultdict[str, array[int]] = defaultdict(lambda: array("q"))  # by interview
-        self.stages: list[StagePair] = []  # each pair once
-        self.numbers: dict[StagePair, int] = {}  # its place there
-        self.skipped = {"blank": 0, "foreign": 0}
 
-    def add(self, line: bytes, only: str | None) -> str | None:
-        """Add one line of a log; return the interview's code, or None if it was skipped."""
+def open_to_read(path: str) -> BinaryIO:
+    """Open a log to read once: stdin for `-`, decompressed if its name ends in .gz. Raise OSError."""
+    if path == "-":
+        return open(0, "rb", closefd=False)
+    if path.endswith(".gz"):
+        return io.BufferedReader(gzip.GzipFile(path))
+    return open(path, "rb")
+
+
+def _stage_name(data: object, name: str) -> str:
+    """Return a stage's name in an event's data, "" where there is none."""
+    stage = data.get(name) if isinstance(data, dict) else None
+    value = stage.get("value") if isinstance(stage, dict) else None
+    return value if isinstance(value, str) else ""
+
+
+@lru_cache(maxsize=1024)  # the same few pairs stand in every line: each is kept in memory once
+def _stage_pair(previous: str, stage: str) -> StagePair:
+    return previous, stage
+
+
+def parse_row(line: bytes) -> Row:
+    """Return the event in one line of a log; raise ValueError if there is none."""
+    event = _decode_object(line, _JSON, DEPTH_LIMIT + 1)  # the envelope is a container, too
+    code = event.get("subject", "-")
+    recorded = event.get("recordedtime")
+    sent = event.get("time", recorded)
+    for value in (event.get("id"), code, recorded, sent):
+        if not isinstance(value, str):
+            raise ValueError("id, subject, recordedtime and time are text")
+
+    id_hash = hash(event["id"]) & (2**60 - 1)  # a longer number would take more memory
+    data = event.get("data")
+    stages = _stage_pair(_stage_name(data, "previousStage"), _stage_name(data, "currentStage"))
+    return code, parse_time(str(sent)), parse_time(str(recorded)), id_hash, stages
+
+
+def parse_rows(lines: Iterable[bytes], only: str | None, skipped: Counter[str]) -> Iterator[Row]:
+    """Yield the events in lines of a log, those of the interview `only` if one is given.
+
+    Blank and foreign lines are skipped, and counted.
+    """
+    for line in lines:
         try:
-            event_id, code, when, recorded, stages = parse_line(line.decode())
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            self.skipped["foreign" if line.strip() else "blank"] += 1
-            return None
-        if only is not None and only != code:
-            return None
-        number = self.numbers.setdefault(stages, len(self.stages))
-        if number == len(self.stages):
-            self.stages.append(stages)
-        self.events[code].extend((when, recorded, hash(event_id), number))
-        return code
+            row = parse_row(line)
+        except ValueError:
+            skipped["foreign" if line.strip() else "blank"] += 1
+            continue
+        if only is None or row[0] == only:
+            yield row
 
-    def steps(self, code: str) -> list[Step]:
-        """Return an interview's course, each event once, in the order of its own time."""
-        rows: dict[int, tuple[int, ...]] = {}
-        for row in sorted(zip(*[iter(self.events[code])] * 4)):  # time, recordedtime, hash of the id, number of the stages
-            rows.setdefault(row[2], row)  # of an event in several logs, its first arrival
-        # Of each event, the earliest arrival of it and those after it; the last event's first.
-        soonest = list(itertools.accumulate((row[1] for row in reversed(rows.values())), min))
-        nexts = [*(row[0] for row in rows.values()), None][1:]
-        steps: list[Step] = []
-        before: str | None = None
-        for (when, recorded, _, number), after in zip(rows.values(), nexts):
-            previous, stage = self.stages[number]
-            seconds = None if after is None else (after - when) / TICKS
-            steps.append(Step(when, stage, previous, seconds, None not in (before, stage) and previous != before, recorded > soonest.pop()))
-            before = stage or before
-        return steps
+
+def make_steps(rows: Iterable[Row]) -> list[Step]:
+    """Return an interview's course. Its rows are sorted, and may hold an event more than once."""
+    once: dict[int, Row] = {}
+    for row in rows:
+        once.setdefault(row[3], row)  # of an event in several logs, its first arrival
+
+    steps = []
+    before = ""
+    for _, when, recorded, _, (previous, stage) in once.values():
+        has_gap = before != "" and stage != "" and previous != before
+        steps.append(Step(when, recorded, previous, stage, gap=has_gap))
+        before = stage or before
+
+    for step, following in zip(steps, steps[1:]):
+        step.seconds = (following.time - step.time) / TICKS
+
+    soonest: float = math.inf  # the first arrival among the later events
+    for step in reversed(steps):
+        step.late = step.recorded > soonest
+        soonest = min(soonest, step.recorded)
+    return steps
 
 
 def _clock(ticks: int, zone: timezone | None) -> str | None:
@@ -2987,38 +3058,66 @@ def _duration(seconds: float) -> str:
 def as_json(code: str, steps: Sequence[Step]) -> str:
     """Return an interview as one JSON object: its present stage, and its events in their own order."""
     events = []
+    present = None
     for step in steps:
+        event: dict[str, object] = {}
         second = _clock(step.time, timezone.utc)
-        members = {**step._asdict(), "time": second and f"{second}.{step.time % TICKS:07d}Z"}
-        events.append({name: value for name, value in members.items() if value is not None and value is not False})
-    return json.dumps({"interview": code, "stage": next((step.stage for step in reversed(steps) if step.stage), None), "events": events})
+        if second:
+            event["time"] = f"{second}.{step.time % TICKS:07d}Z"
+        if step.stage:
+            event["stage"] = present = step.stage
+        if step.previous:
+            event["previous"] = step.previous
+        if step.seconds is not None:
+            event["seconds"] = step.seconds
+        if step.gap:
+            event["gap"] = True
+        if step.late:
+            event["late"] = True
+        events.append(event)
+    return json.dumps({"interview": code, "stage": present, "events": events})
 
 
-def as_text(code: str, steps: Sequence[Step], width: int | None, colours: bool) -> Iterator[str]:
-    """Yield the lines of an interview; `width` in columns cuts them, None does not."""
-    yield printable(code)[:width]
+def as_text(code: str, steps: Sequence[Step], width: int | None, colours: bool) -> str:
+    """Return an interview as lines, with a blank one at the end; `width` in columns cuts them."""
+    lines = [printable(code)[:width]]
     for step in steps:
-        stage, when = printable(step.stage or "-"), (_clock(step.time, None) or "-").replace("T", " ")
-        line = (f"  {when:<19}  {stage:<19}  {'now' if step.seconds is None else f'for {_duration(step.seconds)}'}"
-                + (f"  gap: came from {printable(step.previous or 'no stage')}" if step.gap else "")
-                + ("  late: arrived after a later one" if step.late else ""))[:width]
-        if colours:
-            colour = "33" if step.gap or step.late else next((_COLOURS[end] for end in _COLOURS if stage.endswith(end)), "36")
-            line = f"\x1b[{colour}m{line}\x1b[0m"
-        yield line
+        when = (_clock(step.time, None) or "-").replace("T", " ")
+        stage = printable(step.stage or "-")
+        line = f"  {when:<19}  {stage:<19}  "
+        line += "now" if step.seconds is None else f"for {_duration(step.seconds)}"
+        if step.gap:
+            line += f"  gap: came from {printable(step.previous or 'no stage')}"
+        if step.late:
+            line += "  late: arrived after a later one"
+        lines.append(_coloured(line[:width], step) if colours else line[:width])
+    return "\n".join([*lines, ""])
 
 
-def show_changes(course: Course, tails: Sequence[Tail], options: argparse.Namespace) -> None:
-    """Read what is new, and print the whole course of every interview that it concerns."""
+def _coloured(line: str, step: Step) -> str:
+    """Return a line in the colour of its stage, or of what is odd about it."""
+    colour = "36"
+    for end, its_colour in _COLOURS.items():
+        if step.stage.endswith(end):
+            colour = its_colour
+    if step.gap or step.late:
+        colour = "33"
+    return f"\x1b[{colour}m{line}\x1b[0m"
+
+
+def show_courses(rows: list[Row], as_objects: bool) -> None:
+    """Print each interview's course, the one with the latest event at the end; `rows` are sorted."""
     terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if terminal else None
     colours = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    lines = (line for tail in tails for part in iter(tail.read_on, b"") for line in part.split(b"\n")[:-1])
-    rests = (rest for tail in tails if not options.follow and (rest := tail.read(partly=True)))
-    changed = {code for line in itertools.chain(lines, rests) if (code := course.add(line, options.interview)) is not None}
-    for code in sorted(changed, key=lambda code: max(course.events[code][0::4])):
-        steps = course.steps(code)
-        print(as_json(code, steps) if options.json else "\n".join([*as_text(code, steps, width, colours), ""]))
+
+    rows.sort()
+    latest = {row[0]: row[1] for row in rows}  # of each interview, the time of its last row
+    rows.sort(key=lambda row: latest[row[0]])  # stable: an interview's rows stay together
+
+    for code, its_rows in itertools.groupby(rows, key=operator.itemgetter(0)):
+        steps = make_steps(its_rows)
+        print(as_json(code, steps) if as_objects else as_text(code, steps, width, colours))
     sys.stdout.flush()
 
 
@@ -3164,25 +3263,64 @@ def send(options: argparse.Namespace) -> int:
     return 0 if len(tally.taken) == options.count else 1
 
 
-def timeline(options: argparse.Namespace) -> int:
-    """Print each interview's course, the one that changed last at the end; with --follow, go on as events come."""
-    course, tails = Course(), [Tail(path) for path in options.files or [load_settings(options).log]]
+def read_log(path: str, only: str | None, rows: list[Row], skipped: Counter[str]) -> bool:
+    """Add the events in a log to `rows`; return whether it could be read to its end, else say why not."""
+    try:
+        with open_to_read(path) as file:
+            rows.extend(parse_rows(file, only, skipped))
+    except (OSError, EOFError, zlib.error) as error:  # a .gz file that is cut short, or is none
+        print(f"error: {printable(path)}: {_why(error)}", file=sys.stderr)
+        return False
+    return True
+
+
+def read_tails(tails: Sequence[Tail], only: str | None, skipped: Counter[str]) -> list[Row]:
+    """Return the events that are new in logs."""
+    rows: list[Row] = []
     for tail in tails:
-        if not tail.files and not options.follow:
-            raise SettingsError(f"{tail.path}: there is no log that can be read; name one, or set SKYPE_LOG")
+        while lines := tail.read_on():
+            rows.extend(parse_rows(lines.split(b"\n")[:-1], only, skipped))
+    return rows
+
+
+def timeline(options: argparse.Namespace) -> int:
+    """Print each interview's course; with --follow, again each one that changes. Raise SettingsError."""
+    paths = options.files or [load_settings(options).log]
+    followed = []
+    for path in paths:
+        grows = options.follow and path != "-" and not path.endswith(".gz")
+        if path != "-":
+            check_log(path, may_be_missing=grows)
+        if grows:
+            followed.append(path)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+    only = options.interview
+    rows: list[Row] = []
+    skipped: Counter[str] = Counter()
+    are_whole = True
     try:
-        show_changes(course, tails, options)
-        while options.follow:
-            time.sleep(0.5)
-            show_changes(course, tails, options)
+        for path in paths:
+            if path not in followed:
+                are_whole &= read_log(path, only, rows, skipped)
+        tails = [Tail(path) for path in followed]
+        rows += read_tails(tails, only, skipped)
+        show_courses(rows, options.json)
+
+        while tails:
+            time.sleep(VIEW_PAUSE)
+            new = read_tails(tails, only, skipped)
+            rows += new
+            changed = {row[0] for row in new}
+            show_courses([row for row in rows if row[0] in changed], options.json)
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
-        if any(course.skipped.values()):
-            print("skipped {blank} blank and {foreign} foreign lines".format(**course.skipped), file=sys.stderr)
-    return 0
+        if skipped:
+            counts = f"{skipped['blank']} blank and {skipped['foreign']} foreign lines"
+            print(f"skipped {counts}", file=sys.stderr)
+    return 0 if are_whole else 1
 
 
 class Parser(argparse.ArgumentParser):
@@ -3225,7 +3363,7 @@ def _make_parser(command: str) -> Parser:
         parser.add_argument("--ca", metavar="FILE", help="trust this certificate (PEM)")
         parser.add_argument("--insecure", action="store_true", help="trust any certificate")
     if command == "timeline":
-        parser.add_argument("files", metavar="LOG", nargs="*", help="logs, merged by event id (default: --log)")
+        parser.add_argument("files", metavar="LOG", nargs="*", help="logs, merged by event id, also .gz and - for stdin (default: --log)")
         parser.add_argument("--log", metavar="FILE", help="the log, where none is named (default: the setting)")
         parser.add_argument("--interview", metavar="CODE", help="this interview only")
         parser.add_argument("--json", action="store_true", help="one JSON object an interview, a line each")
@@ -3330,7 +3468,6 @@ em { display: block; color: var(--amber); font: 600 13px/1.45 system-ui, sans-se
 <th role="columnheader">Interview</th><th role="columnheader">Stage</th>
 <th role="columnheader">Path</th><th role="columnheader">Changed</th></tr></thead>
 <tbody id="rows" role="rowgroup"></tbody></table>
-<p><button id="earlier" hidden>Load earlier events</button></p>
 <p id="news" class="unseen" aria-live="polite"></p></main>
 <noscript>The live view needs JavaScript. In a terminal: python3 skype_webhook.py timeline</noscript>
 <script>
@@ -3344,11 +3481,8 @@ const DAY = new Intl.DateTimeFormat([], {dateStyle: "medium", timeStyle: "short"
 const $ = id => document.getElementById(id);
 const interviews = new Map(), seen = new Set(), changed = new Set();  // by code; ids of events; those to be drawn again
 
-// The connection. A `log` event names the file that the next lines are from, and the offset where they begin. With those two,
-// a new connection misses nothing, whatever the file is called by then.
-let source, heard, retry, due, wait = 2000;
-let log = "", at = "";                       // the file, and the offset up to which it has been read
-let origin = null, first, reach = 2 ** 20;   // the file and the offset that this page began at; how far the next step back goes
+// The connection. With the id of the last event that it got, a new one misses nothing.
+let source, heard, retry, due, wait = 2000, last = "";
 
 // Text is only ever set as text. What cannot be seen in it, or turns it around (bidi marks), is spelt out.
 const shown = text => text.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, c => "\\u" + c.codePointAt(0).toString(16).padStart(4, "0"));
@@ -3458,36 +3592,30 @@ function render() {
   if (news.length) announce(news);
   changed.clear();
   $("note").textContent = (interviews.size ? `${found.length} of ${interviews.size} interviews` : "")
-    + (found.length > ROWS ? `, the newest ${ROWS} are shown` : "") + (first ? ". This page began near the end of the log." : "");
+    + (found.length > ROWS ? `, the newest ${ROWS} are shown` : "");
   document.querySelector("table").hidden = !found.length;
-  $("earlier").hidden = !first;
-  $("empty").hidden = interviews.size > 0 || origin === null;
+  $("empty").hidden = interviews.size > 0 || $("state").className !== "live";
 }
 
 function listen(message) {
   heard = Date.now();
   due ||= setTimeout(render, 60);
-  if (message.type === "log") {
-    ({log, at} = JSON.parse(message.data));
-    if (origin === null) [origin, first] = [log, at];
-  } else {
-    at = message.lastEventId;
-    take(message.data);
-  }
+  last = message.lastEventId;
+  take(message.data);
 }
 
 const say = state => { if ($("state").textContent !== state) $("state").textContent = $("state").className = state; };
 
 function connect() {
   heard = Date.now();
-  source = new EventSource(`${location.origin}${location.pathname}events?log=${log}&after=${at}`);
-  source.onopen = () => { wait = 2000; say("live"); };
+  source = new EventSource(`${location.origin}${location.pathname}events?after=${last}`);
+  source.onopen = () => { wait = 2000; say("live"); due ||= setTimeout(render, 500); };  // an empty log says nothing
   source.onmessage = listen;
-  source.addEventListener("log", listen);
+  source.addEventListener("heartbeat", () => { heard = Date.now(); });
   source.onerror = reconnect;
 }
 
-function reconnect() {  // by a new source: the browser's own would not know the file, and stops at a 503
+function reconnect() {  // by a new source: the browser's own stops at a 503
   source.close();
   heard = Date.now();  // or the next look, sooner than the connection after a long wait, would only begin that wait anew
   say("reconnecting");
@@ -3496,12 +3624,6 @@ function reconnect() {  // by a new source: the browser's own would not know the
   wait = Math.min(2 * wait, 30000);  // seldom enough that a page with an old password does not use up its address's attempts
 }
 
-$("earlier").onclick = () => {
-  source.close();
-  [log, first] = [origin, Math.max(0, first - reach)];
-  [at, reach] = [first, reach * 2];
-  connect();
-};
 $("filter").oninput = render;
 $("origin").textContent = location.origin;
 onhashchange = () => { $("filter").value = decodeURIComponent(location.hash.slice(1)); render(); };
