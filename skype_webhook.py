@@ -64,7 +64,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
 from functools import cached_property, lru_cache
-from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn
+from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn, Union
 
 try:
     import fcntl
@@ -170,19 +170,19 @@ def _format_second(seconds: int) -> str:
 
 
 def printable(text: str) -> str:
-    """Return `text` with all that could move a cursor or hide text (controls, bidi marks) escaped."""
+    """Return `text` with what could move a cursor or hide text (controls, bidi marks) escaped."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def format_report(when: float, message: str) -> str:
-    """Return the operator's line for `message`; `when` is in Unix seconds (UTC, to the millisecond)."""
+    """Return the operator's line for `message`, in UTC; `when` is in Unix seconds."""
     return f"{_format_second(int(when))}.{int(when * 1000) % 1000:03d}Z {printable(message)}\n"
 
 
 def describe_fault(error: BaseException) -> str:
-    """Return the kind and the place of a fault of ours. Its text is left out: it could hold anything."""
+    """Return the kind and place of a fault of ours, but not its text, which could hold anything."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"fault {type(error).__name__} in {place.name}, line {place.lineno}: please report it"
 
@@ -194,25 +194,29 @@ def write_stderr(lines: Sequence[str]) -> None:
             os.write(2, "".join(lines).encode("utf-8", "backslashreplace"))
 
 
+# When it was told (Unix seconds), its kind, its message; or what is set once all before is written.
+ReportEntry = Union[tuple[float, str, str], threading.Event]
+
+
 class Reporter:
     """The owner of stderr: a queue of lines, and one thread that writes them.
 
     So no peer, no event and no stop waits for a stderr that nobody reads: a line that a peer caused
-    is dropped while REPORT_LIMIT others wait. Of the refusals of one second, REFUSALS_TOLD are written;
-    how many more there were is written in one line when that second is over.
+    is dropped while REPORT_LIMIT others wait. Of the refusals of one second, REFUSALS_TOLD are
+    written; how many more there were is written in one line when that second is over.
 
     `_starting` guards the start of the thread; `_second` and `_refusals` are the thread's alone.
     """
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[tuple[float, str, str] | threading.Event] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[ReportEntry] = queue.SimpleQueue()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._second = 0    # Unix time, of the last refusal
         self._refusals = 0  # in that second
 
     def tell(self, message: str, kind: str = "") -> None:
-        """Have one line written, as of now; `kind` is the outcome, where it is a peer that caused it."""
+        """Have one line written, as of now; `kind` is the outcome, where a peer has caused it."""
         if kind and self._queue.qsize() >= REPORT_LIMIT:
             return
         self._queue.put((time.time(), kind, message))
@@ -227,30 +231,32 @@ class Reporter:
             written.wait(3 * STDERR_SECONDS)
 
     def _start(self) -> None:
-        with self._starting, contextlib.suppress(RuntimeError):  # no thread to be had now: the next line tries
+        with self._starting:
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="reporter", daemon=True)
-                thread.start()
-                self._thread = thread
+                with contextlib.suppress(RuntimeError):  # none can be started: the next line tries
+                    thread.start()
+                    self._thread = thread
 
     def _run(self) -> None:
-        """Write lines as they come: the life of the thread. A fault costs the lines at hand alone."""
+        """Write lines as they come: the life of the thread. A fault costs the lines at hand."""
         while True:
             try:
                 self._write(self._next_entries())
             except Exception as fault:
                 write_stderr([format_report(time.time(), f"reporter {describe_fault(fault)}")])
 
-    def _next_entries(self) -> list[tuple[float, str, str] | threading.Event]:
+    def _next_entries(self) -> list[ReportEntry]:
         """Return what is queued, or nothing when a second with untold refusals may be over."""
         try:
             first = self._queue.get(timeout=1.0 if self._refusals > REFUSALS_TOLD else None)
         except queue.Empty:
             return []
-        time.sleep(REPORT_PAUSE)  # lines are written together: one by one they take a seventh of the rate
-        return [first, *(self._queue.get() for _ in range(self._queue.qsize()))]  # nobody else takes any
+        time.sleep(REPORT_PAUSE)  # written one by one, lines would take a seventh of the rate
+        others = [self._queue.get() for _ in range(self._queue.qsize())]  # nobody else takes any
+        return [first, *others]
 
-    def _write(self, entries: Sequence[tuple[float, str, str] | threading.Event]) -> None:
+    def _write(self, entries: Sequence[ReportEntry]) -> None:
         lines: list[str] = []
         flushes: list[threading.Event] = []
         for entry in entries:
@@ -280,7 +286,8 @@ class Reporter:
         untold = self._refusals - REFUSALS_TOLD
         self._refusals = 0
         if untold > 0:
-            lines.append(format_report(time.time(), f"{untold} more refused; {REFUSALS_TOLD} a second are written"))
+            message = f"{untold} more refused; {REFUSALS_TOLD} lines a second are written"
+            lines.append(format_report(time.time(), message))
 
 
 REPORTER = Reporter()  # one for the process, as is stderr
@@ -817,7 +824,8 @@ def format_line(event: Event, body: bytes, recorded: float, event_id: str | None
 
 _TOKEN_CHARS = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rf"({_TOKEN_CHARS}) ([!-~]+) HTTP/([0-9])\.([0-9])")
-_FIELD_LINE = re.compile(_TOKEN_CHARS + r":[\t -~\x80-\xff]*")  # no space before the colon, no fold, no bare CR, LF or NUL
+# No space before the colon, no fold, no bare CR, LF or NUL.
+_FIELD_LINE = re.compile(_TOKEN_CHARS + r":[\t -~\x80-\xff]*")
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+;=-]*)(?::[0-9]*)?")
 _ABSOLUTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]+")
 _OUR_ABSOLUTE = re.compile(r"\Ahttps?://[^/?#]+", re.IGNORECASE)
@@ -840,13 +848,17 @@ class Head(NamedTuple):
 
     def persistent(self) -> bool:
         """Return whether the sender wants to keep the connection (RFC 9112 section 9.3)."""
-        options = [option.strip() for option in self.fields.get("connection", "").lower().split(",")]
+        value = self.fields.get("connection", "").lower()
+        options = [option.strip() for option in value.split(",")]
         return "close" not in options and (self.minor > 0 or "keep-alive" in options)
 
 
 def _parse_fields(lines: list[str]) -> dict[str, str]:
-    """Return field values by lower-case name. Repeated ones are joined by ", " (RFC 9110 section 5.3); a field that may stand
-    only once refuses that in the check of its value."""
+    """Return field values by lower-case name; raise Rejected.
+
+    Repeated ones are joined by ", " (RFC 9110 section 5.3): a field that may stand only once
+    refuses that in the check of its value.
+    """
     if len(lines) > FIELD_LIMIT:
         raise Rejected(431, f"there are more than {FIELD_LIMIT} header fields")
     fields: dict[str, str] = {}
@@ -860,7 +872,10 @@ def _parse_fields(lines: list[str]) -> dict[str, str]:
 
 
 def _body_length(fields: dict[str, str], minor: int) -> int | None:
-    """Return the length of the body (RFC 9112 section 6.3), as in `Head`; raise Rejected where two readings are possible."""
+    """Return the length of the body (RFC 9112 section 6.3), as in `Head`.
+
+    Raise Rejected where two readings are possible.
+    """
     coding, length = fields.get("transfer-encoding"), fields.get("content-length")
     if coding is not None:
         if length is not None:
@@ -874,7 +889,9 @@ def _body_length(fields: dict[str, str], minor: int) -> int | None:
         return None
     if not (length.isascii() and length.isdigit()):  # int() would take 1_0 and +5
         raise Rejected(400, "Content-Length is not one decimal number")
-    return int(min(float(length), 2**53))  # int() raises on very many digits
+    if len(length.lstrip("0")) > 15:  # int() raises on very many digits
+        return 10**15  # more than any cap
+    return int(length)
 
 
 def _parse_request_line(line: str) -> tuple[str, str, str, int]:
@@ -884,19 +901,24 @@ def _parse_request_line(line: str) -> tuple[str, str, str, int]:
         raise Rejected(414, f"the request target is longer than {TARGET_LIMIT} bytes")
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
-        raise Rejected(400, "the request line is not METHOD SP target SP HTTP/1.1 (RFC 9112 section 3)")
+        form = "METHOD SP target SP HTTP/1.1"
+        raise Rejected(400, f"the request line is not {form} (RFC 9112 section 3)")
     method, target, major, minor = match.groups()
     if major != "1":
         raise Rejected(505 if major >= "2" else 400, "only HTTP/1.1 and HTTP/1.0 are spoken here")
     absolute = _ABSOLUTE.match(target)
     if not (absolute or target.startswith("/") or (method, target) == ("OPTIONS", "*")):
-        raise Rejected(400, "the request target is neither a path nor an absolute URL (RFC 9112 section 3.2)")
+        form = "a path nor an absolute URL"
+        raise Rejected(400, f"the request target is neither {form} (RFC 9112 section 3.2)")
     path, _, query = _OUR_ABSOLUTE.sub("", target).partition("?")
     return method, path or "/", query, int(minor)
 
 
 def parse_head(text: str) -> Head:
-    """Parse a request head, without the CRLF of its last line and the empty line (RFC 9112); raise Rejected."""
+    """Return the parts of a request head (RFC 9112); raise Rejected.
+
+    `text` has neither the CRLF of the last line nor the empty line.
+    """
     lines = text.split("\r\n")
     method, path, query, minor = _parse_request_line(lines[0])
     fields = _parse_fields(lines[1:])
@@ -909,7 +931,10 @@ def parse_head(text: str) -> Head:
 
 
 def parse_chunk_size(line: str) -> int:
-    """Return the size in a chunk's first line, given without its CRLF (RFC 9112 section 7.1); raise Rejected."""
+    """Return the size in a chunk's first line (RFC 9112 section 7.1); raise Rejected.
+
+    `line` has no CRLF.
+    """
     match = _CHUNK_LINE.fullmatch(line)
     if not match:
         raise Rejected(400, "a chunk does not begin with its size in hex (RFC 9112 section 7.1)")
@@ -1512,8 +1537,9 @@ def _http_date(second: int) -> str:
     return formatdate(second, usegmt=True)
 
 
-def format_head(status: int, length: int | None, media_type: str, fields: Sequence[tuple[str, str]]) -> bytes:
-    """Return the head of an answer; where `length` is None, the content ends with the connection."""
+def format_head(status: int, length: int | None, media_type: str,
+                fields: Sequence[tuple[str, str]]) -> bytes:
+    """Return the head of an answer; where `length` is None, the connection ends the content."""
     lines = [
         f"HTTP/1.1 {status} {_REASONS[status]}",
         "Server: skype_webhook",
@@ -1527,7 +1553,8 @@ def format_head(status: int, length: int | None, media_type: str, fields: Sequen
 
 
 PROXY_PROTOCOL = "the PROXY protocol"
-NO_PROXY_PROTOCOL = "the PROXY protocol is not spoken here; turn it off in the proxy (send-proxy, proxy_protocol)"
+NO_PROXY_PROTOCOL = ("the PROXY protocol is not spoken here; turn it off in the proxy "
+                     "(send-proxy, proxy_protocol)")
 _PROXY_PROTOCOL = (b"PROXY ", b"\r\n\r\n\0\r\nQUIT\n")  # how its versions 1 and 2 begin
 
 
@@ -1547,13 +1574,11 @@ class Connection:
     SSLSocket takes three for, and another thread can shut the socket down (SSLSocket.shutdown would
     clear its TLS state).
 
-    Only the connection's own thread reads and writes. It keeps the deadline itself: the time left is
-    the timeout of its next read, so a peer that sends a byte a second gains nothing by it.
+    Only the connection's own thread reads and writes. It keeps the deadline itself: the time left
+    is the timeout of its next read, so a peer that sends a byte a second gains nothing by it.
 
-    `since`, `deadline`: monotonic time; from when and until when the peer is waited for.
-    `storing`: its event is verified and not answered yet. `proven`: it has delivered a verified event.
-    `interruption`: why another thread has ended it. `Receiver.changed` guards `storing` and
-    `interruption`, so that a connection is never evicted while its event is being stored.
+    `Receiver.changed` guards `storing` and `interruption`, so that a connection is never evicted
+    while its event is being stored.
     """
 
     def __init__(self, accepted: socket.socket, address: Any, seconds: float) -> None:
@@ -1566,16 +1591,18 @@ class Connection:
         self.tls: ssl.SSLObject | None = None
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.timeouts: dict[int, float] = {}  # of the socket, in seconds, by option
-        self.storing = self.proven = False
-        self.interruption: type[ConnectionEnded] | None = None
-        self.tls_allowance = math.inf  # bytes that TLS may say of itself before the peer's next content
+        self.tls_allowance = math.inf  # bytes that TLS may say before the peer's next content
+
+        self.proven = False   # it has delivered a verified event
+        self.storing = False  # its event is verified, and not answered yet
+        self.interruption: type[ConnectionEnded] | None = None  # why another thread has ended it
         self.wait_for(seconds)
 
     def wait_for(self, seconds: float) -> None:
         """Give the peer so many seconds from now, for whatever it is waited for."""
         self.since = time.monotonic()
         self.deadline = self.since + seconds
-        self.storing = False
+        self.storing = False  # it was answered
 
     def interrupt(self, why: type[ConnectionEnded]) -> None:
         """Have the connection's thread raise `why`, from another thread.
@@ -1596,7 +1623,7 @@ class Connection:
         if spoken is not None:
             return spoken
         try:
-            self.socket.getpeername()  # raises if the peer has reset it: a handshake would cost 0.2 ms
+            self.socket.getpeername()  # raises if the peer has reset it; a handshake costs 0.2 ms
         except OSError:
             raise Disconnected from None
 
@@ -1604,7 +1631,7 @@ class Connection:
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
         self._advance(self.tls.do_handshake)
         if not self.incoming.pending:
-            self.acknowledge()  # in TLS 1.3, nothing that we send after the peer's Finished could carry it
+            self.acknowledge()  # in TLS 1.3, we send nothing that could carry it
         self.tls_allowance = KEY_UPDATE_BYTES
         return None
 
@@ -1626,7 +1653,7 @@ class Connection:
         return content
 
     def _read_socket(self) -> bytes:
-        """Return what comes next, at the latest at the deadline; what is there then is read all the same."""
+        """Return what comes until the deadline; what is there by then can be read after it, too."""
         while True:
             self._set_timeout(socket.SO_RCVTIMEO, self.deadline - time.monotonic())
             try:
@@ -1642,10 +1669,10 @@ class Connection:
             return received
 
     def _set_timeout(self, option: int, seconds: float) -> None:
-        """Have each read (SO_RCVTIMEO) or write (SO_SNDTIMEO) end after so many seconds, or at once for 0.
+        """Have each read (SO_RCVTIMEO) or write (SO_SNDTIMEO) end after so many seconds.
 
-        These are the kernel's timeouts, and set again only when they are off by more than three per
-        cent. A timeout of Python's own takes a poll, and another turn of the interpreter lock, for each
+        These are the kernel's timeouts, and set again only when they are off by three per cent. A
+        timeout of Python's own takes a poll, and another turn of the interpreter lock, for each
         read and write: a seventh of the CPU of an event.
         """
         seconds = max(seconds, 0.001)  # 0 would mean: no timeout
@@ -1653,11 +1680,12 @@ class Connection:
             self.socket.settimeout(seconds)
         elif abs(self.timeouts.get(option, 0.0) - seconds) > seconds / 32:
             self.timeouts[option] = seconds
+            timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
             with contextlib.suppress(OSError):  # the peer has gone: the next call says so
-                self.socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
+                self.socket.setsockopt(socket.SOL_SOCKET, option, timeval)
 
     def _advance(self, step: Callable[[], Any]) -> Any:
-        """Return what a step of TLS returns: feed it as long as it asks, and send what it has to say."""
+        """Return what a step of TLS returns; feed it while it asks, and send what it has to say."""
         while True:
             try:
                 return step()
@@ -1669,7 +1697,7 @@ class Connection:
             self.incoming.write(self._read_socket())
 
     def _speak_tls(self) -> None:
-        """Send what TLS has to say of itself; raise Disconnected for a peer that only asks for that."""
+        """Send what TLS has to say; raise Disconnected for a peer that asks for that alone."""
         self.tls_allowance -= self.outgoing.pending
         if self.tls_allowance < 0:
             raise Disconnected
@@ -1707,7 +1735,7 @@ class Connection:
             data = data[sent:]
 
     def acknowledge(self) -> None:
-        """Acknowledge what has arrived: until then, Nagle holds back the rest of it, for 40 ms as a rule."""
+        """Acknowledge what has arrived: until then, Nagle holds back the rest, mostly for 40 ms."""
         if hasattr(socket, "TCP_QUICKACK"):
             with contextlib.suppress(OSError):  # the peer has gone: the next read says so
                 self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
@@ -1723,8 +1751,10 @@ class Connection:
             return False
 
     def end(self, unread: bool) -> None:
-        """Say that nothing follows. With `unread` data, a close alone would reset the connection, and
-        the peer would never see its answer: so it may go on sending for a while.
+        """Say that nothing follows, before the socket is closed.
+
+        With `unread` data, a close alone would reset the connection, and the peer would never see
+        its answer: so it may go on sending for a while.
         """
         if self.tls:
             with contextlib.suppress(Disconnected):
@@ -1746,14 +1776,16 @@ class Connection:
             left -= received
 
 
-# An IPv6 address in brackets, or an IPv4 address, with or without a port; or an IPv6 address alone. No zone.
+# An IPv6 address in brackets or an IPv4 address, with or without a port; or an IPv6 address alone.
+# No zone: that could be any text.
 _FORWARDED = re.compile(
     r"\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?|([0-9.]+)(?::[0-9]{1,5})?|([0-9A-Fa-f:.]+)")
 
 
 def forwarded_for(fields: dict[str, str]) -> str | None:
-    """Return the address that the proxy itself has seen: the last of X-Forwarded-For, if it is one."""
-    match = _FORWARDED.fullmatch(fields.get("x-forwarded-for", "").rpartition(",")[2].strip(" \t"))
+    """Return the address that the proxy itself has seen: the last of X-Forwarded-For, or None."""
+    last = fields.get("x-forwarded-for", "").rpartition(",")[2]
+    match = _FORWARDED.fullmatch(last.strip(" \t"))
     if not match:
         return None
     try:
@@ -1780,9 +1812,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Requests in, answers out, in order, for one connection.
 
     The base class gives its loop and its names: `handle` calls `handle_one_request` until
-    `close_connection`, and a request is answered by `do_GET`, `do_HEAD` or `do_POST`. Its reading of
-    heads is not used, since it takes lines without a colon and ignores Transfer-Encoding; nor are its
-    answers, which are HTML.
+    `close_connection`, and a request is answered by `do_GET`, `do_HEAD` or `do_POST`. Its reading
+    of heads is not used, since it takes lines without a colon and ignores Transfer-Encoding; nor
+    are its answers, which are HTML.
     """
 
     request: Connection
@@ -1791,9 +1823,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         self.connection: Connection = self.request
         self.buffer = b""    # received, and not read yet
-        self.idle = self.server.settings.behind_proxy  # else the first request's time runs since accept
-        self.fruitless = 0   # requests in a row that neither recorded an event nor found it recorded
         self.unread = False  # more of the request may be on its way
+        self.fruitless = 0   # requests in a row without an event
+        # Between two requests. A proxy's connection is so before its first one, too; the first one
+        # of others has its time since accept.
+        self.idle = self.server.settings.behind_proxy
 
     def finish(self) -> None:
         self.connection.end(self.unread)
@@ -1816,8 +1850,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Exception as fault:
             if self.answered:
                 raise
-            self.unread = True  # so that the connection is closed: nobody knows where the next request begins
-            self.refuse(Rejected(500, "the receiver has a fault; send it again"), describe_fault(fault))
+            self.unread = True  # nobody knows where the next request begins
+            answer = Rejected(500, "the receiver has a fault; send it again")
+            self.refuse(answer, describe_fault(fault))
 
         self.idle = True
         self.connection.wait_for(idle_seconds(self.server.settings, self.connection.proven))
@@ -1832,7 +1867,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return True
 
     def begin_request(self) -> None:
-        """Forget the request before, and take one look at the settings: it is judged by them alone."""
+        """Forget the request before, and take the settings that this one is judged by."""
         self.settings = self.server.settings
         self.command = ""
         self.unread = True
@@ -1850,7 +1885,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Read the head of a request; raise Rejected or ConnectionEnded."""
         if self.buffer.startswith(_PROXY_PROTOCOL):
             raise Rejected(400, NO_PROXY_PROTOCOL)
-        self.buffer = self.buffer.removeprefix(b"\r\n")  # some send one after a body (RFC 9112 section 2.2)
+        # Some senders end a body with an empty line (RFC 9112 section 2.2).
+        self.buffer = self.buffer.removeprefix(b"\r\n")
         self.head = parse_head(self.read_section())
         self.command = self.head.method
         self.path = self.head.path
@@ -1860,7 +1896,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.name_client(forwarded_for(self.head.fields))
 
     def respond(self) -> None:
-        """Have the request answered by its method; raise Rejected where its path does not take that."""
+        """Have the request answered by its method; raise Rejected if its path takes others."""
         allowed = allowed_methods(self.path, self.settings)
         if not allowed:
             raise Rejected(404, "there is nothing at this path")
@@ -1872,8 +1908,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Take one delivery: the path of one request, as at the top of this file."""
         self.check_length()
-        authorization = self.head.fields.get("authorization")
-        claims = verify_token(authorization, self.settings.credentials, time.time(), self.settings.leeway)
+        settings, authorization = self.settings, self.head.fields.get("authorization")
+        claims = verify_token(authorization, settings.credentials, time.time(), settings.leeway)
         body = self.read_body()
         event_id = verify_body(claims, body)
         self.server.protect(self.connection)
@@ -1886,7 +1922,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.fruitless = 0
         self.answer(200, b'{"status":"%b","id":"%b"}' % (outcome.encode(), event_id.encode()))
         warnings = f" ({'; '.join(event.warnings)})" if event.warnings else ""
-        self.report(outcome, f"{(event.stage or '-')[:100]} {(event.subject or '-')[:100]}{warnings}")
+        what = f"{(event.stage or '-')[:100]} {(event.subject or '-')[:100]}"
+        self.report(outcome, what + warnings)
 
     def do_GET(self) -> None:
         if self.path == "/healthz":
@@ -1916,15 +1953,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_until(self, end: bytes, limit: int) -> str | None:
         """Take what stands before `end`, and `end`, from the buffer.
 
-        Return the one as Latin-1, None if it is longer than `limit` bytes; raise Rejected for a bare
-        CR or LF, or a NUL, as soon as it is there.
+        Return the one as Latin-1, None if it is longer than `limit` bytes; raise Rejected for a
+        bare CR or LF, or a NUL, as soon as it is there.
         """
         scanned = 0
-        while (length := self.buffer.find(end, scanned)) < 0 and len(self.buffer) <= limit + len(end):
+        length = self.buffer.find(end)
+        while length < 0 and len(self.buffer) <= limit + len(end):
             if _BARE.search(self.buffer, scanned):
                 raise Rejected(400, "there is a bare CR or LF, or a NUL (RFC 9112 section 2.2)")
             scanned = max(0, len(self.buffer) - len(end) + 1)
             self.buffer += self.receive_more()
+            length = self.buffer.find(end, scanned)
 
         if not 0 <= length <= limit:
             return None
@@ -1932,10 +1971,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return data.decode("latin-1")
 
     def read_section(self, limit: int = HEAD_LIMIT) -> str:
-        """Return field lines up to an empty line, without their last CRLF; `limit` is in bytes, of all of it."""
+        """Return lines up to an empty one, without their last CRLF; `limit` is in bytes, of all."""
         section = self.read_until(b"\r\n\r\n", limit - 4)
         if section is None:
-            if not self.buffer.startswith(b"\r\n"):  # a head, not trailers: is it the target that is too long?
+            if not self.buffer.startswith(b"\r\n"):  # a head, not trailers: is its target too long?
                 _parse_request_line(self.buffer.partition(b"\r\n")[0].decode("latin-1"))
             raise Rejected(431, f"the head, or the trailers, are longer than {HEAD_LIMIT} bytes")
         return section
@@ -1953,8 +1992,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return Rejected(413, f"the body is longer than {self.settings.max_body} bytes")
 
     def read_body(self) -> bytes:
-        """Return the body; a sender that waits for a 100 gets it now. Raise Rejected or ConnectionEnded."""
-        if "expect" in self.head.fields and self.head.minor and not self.buffer:
+        """Return the body; raise Rejected or ConnectionEnded.
+
+        A sender that waits for a 100 gets it now, since its head has been found acceptable.
+        """
+        is_awaited = "expect" in self.head.fields and self.head.minor > 0
+        if is_awaited and not self.buffer:
             self.connection.send(b"HTTP/1.1 100 Continue\r\n\r\n", self.settings.request_timeout)
         length = self.head.length or 0
         body = self.read_chunks() if length == CHUNKED else self.read_exactly(length)
@@ -1994,14 +2037,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise Rejected(400, "a chunk is longer than its size (RFC 9112 section 7.1)")
             parts.append(chunk[:-2])
 
-        self.buffer = b"\r\n" + self.buffer  # so that the trailer section, often empty, ends like a head
+        self.buffer = b"\r\n" + self.buffer  # so that the trailers, often none, end like a head
         _parse_fields(self.read_section(HEAD_LIMIT + 2).split("\r\n")[1:])
         return b"".join(parts)
 
     def incomplete(self, end: ConnectionEnded) -> Rejected:
         """Return the refusal of a request that was not whole."""
         if isinstance(end, DeadlineExceeded):
-            return Rejected(408, f"the request was not whole within {self.settings.request_timeout:g} s")
+            seconds = self.settings.request_timeout
+            return Rejected(408, f"the request was not whole within {seconds:g} s")
         if isinstance(end, Stopped):
             return Rejected(503, "the receiver is stopping; send it again", ("Retry-After", "1"))
         return Rejected(400, "the request ended before it was whole")
@@ -2011,12 +2055,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def store(self, event_id: str, line: bytes) -> bool:
         """Return True once the line is durable, False for a duplicate; raise Rejected."""
         spent = time.monotonic() - self.connection.since
+        seconds = max(1.0, min(STORE_SECONDS, ANSWER_SECONDS - spent))
         try:
-            return self.server.journal.append(event_id, line, max(1.0, min(STORE_SECONDS, ANSWER_SECONDS - spent)))
+            return self.server.journal.append(event_id, line, seconds)
         except JournalError as error:
-            raise Rejected(503, "the event could not be stored; send it again", ("Retry-After", "10")) from error
+            detail = "the event could not be stored; send it again"
+            raise Rejected(503, detail, ("Retry-After", "10")) from error
 
-    def answer(self, status: int, content: bytes, media_type: str = "application/json", *fields: tuple[str, str]) -> None:
+    def answer(self, status: int, content: bytes, media_type: str = "application/json",
+               *fields: tuple[str, str]) -> None:
         """Send one answer; head and content go by one write, in one packet."""
         if not self.may_persist():
             self.close_connection = True
@@ -2024,9 +2071,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fields = (*fields, ("Connection", "close"))
         elif self.head.minor == 0:
             fields = (*fields, ("Connection", "keep-alive"))
-        head = format_head(status, len(content), media_type, fields)
+        data = format_head(status, len(content), media_type, fields)
+        if self.command != "HEAD":
+            data += content
+
         try:
-            self.send(head if self.command == "HEAD" else head + content, last=self.close_connection)
+            self.send(data, last=self.close_connection)
         except Disconnected:  # what is recorded stays recorded
             self.close_connection = True
 
@@ -2046,11 +2096,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.send(data, self.settings.request_timeout, last)
 
     def refuse(self, refusal: Rejected, reason: str = "") -> None:
-        """Answer by a problem (RFC 9457), and tell the operator, with a reason that is for nobody else."""
-        problem = {"title": _REASONS[refusal.status], "status": refusal.status, "detail": refusal.detail}
-        self.answer(refusal.status, json.dumps(problem).encode(), "application/problem+json", *refusal.fields)
+        """Answer by a problem (RFC 9457), and tell the operator; the reason is for him alone."""
+        status, detail = refusal.status, refusal.detail
+        problem = json.dumps({"title": _REASONS[status], "status": status, "detail": detail})
+        self.answer(status, problem.encode(), "application/problem+json", *refusal.fields)
+
         reason = reason or str(refusal.__cause__ or "")
-        self.report("refused", f"{refusal.status} {refusal.detail}" + (f" ({reason})" if reason else ""))
+        self.report("refused", f"{status} {detail}" + (f" ({reason})" if reason else ""))
 
     def report(self, outcome: str, what: str) -> None:
         """Count an outcome, and tell the operator of it."""
@@ -2189,7 +2241,7 @@ def network_of(host: str) -> str:
 
 
 class Guesses:
-    """Wrong passwords of the live view in this minute, by network: who has had his share is not heard.
+    """Wrong passwords of the live view in this minute, by network: each has a share.
 
     All networks together have a share too, so that many of them gain little. It does not lock out
     who has given the right password before. `_lock` guards all fields.
@@ -2209,7 +2261,8 @@ class Guesses:
                 self._wrong.clear()
             if self._wrong[network] >= WRONG_PASSWORDS:
                 return True
-            return sum(self._wrong.values()) >= WRONG_PASSWORDS_IN_ALL and network not in self._known
+            in_all = sum(self._wrong.values())
+            return in_all >= WRONG_PASSWORDS_IN_ALL and network not in self._known
 
     def note(self, network: str, right: bool) -> None:
         """Remember how a password was that came from there."""
@@ -2448,9 +2501,9 @@ def load_certificate(settings: Settings) -> Certificate | None:
 class Signals:
     """What the operating system asks for: a stop, or that the settings are read again.
 
-    It is obeyed from before the port opens. A signal can be delivered to another thread while the main
-    one sleeps: so each also writes a byte into the wake-up pipe, which the accepting loop selects on.
-    The byte only wakes: a storm fills the pipe, and bytes are lost.
+    It is obeyed from before the port opens. A signal can be delivered to another thread while the
+    main one sleeps: so each also writes a byte into the wake-up pipe, which the accepting loop
+    selects on. The byte only wakes: a storm fills the pipe, and bytes are lost.
     """
 
     def __init__(self) -> None:
@@ -2471,7 +2524,7 @@ class Signals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            # One more while the interpreter ends would set the exit code; whoever imports this goes on.
+            # One more while the interpreter ends would set the exit code; an importer goes on.
             signal.signal(number, signal.SIG_IGN if __name__ == "__main__" else handler)
         if self._before:
             signal.set_wakeup_fd(-1)
@@ -2479,10 +2532,11 @@ class Signals:
         self._writer.close()
 
     def _note(self, number: int, _frame: object) -> None:
+        """Note a signal; SIGUSR1 and SIGUSR2, which rotation scripts send, change nothing."""
         if number in (signal.SIGTERM, signal.SIGINT):
             self.stop = True
         elif number == getattr(signal, "SIGHUP", None):
-            self.hangup = True  # SIGUSR1 and SIGUSR2 change nothing: other servers' rotation scripts send them
+            self.hangup = True
 
     def ask_to_stop(self) -> None:
         """Ask for a stop, from any thread."""
@@ -2499,17 +2553,19 @@ class Signals:
 class Receiver(socketserver.BaseServer):
     """Accepts connections, finds a place for each, and serves them in a bounded pool of threads.
 
-    How a place is found: when all are taken, the connection that has waited longest for its request is
-    evicted: cut by another thread than its own, which then leaves. So slow peers only cost slow peers
-    their place. One that has delivered a verified event goes last, one whose event is being stored never.
+    How a place is found: when all are taken, the connection that has waited longest for its request
+    is evicted: the accepting thread cuts it, and its own thread leaves. So slow peers only cost slow
+    peers their place. One that has delivered a verified event goes last, one whose event is being
+    stored never.
 
-    `changed` guards `connections`, `viewers` and, of each connection, `storing` and `interruption`. It
-    is notified when a connection has left. `_counting` guards `counts`. Only the accepting thread has
-    `threads` and the fields of complaints.
+    `changed` guards `connections`, `viewers` and, of each connection, `storing` and `interruption`.
+    It is notified when a connection has left. `_counting` guards `counts`. Only the accepting thread
+    has `threads`, `evictions_told` and `next_complaint`.
     """
 
     def __init__(self, settings: Settings, journal: Journal, listeners: Sequence[socket.socket],
-                 certificate: Certificate | None, signals: Signals, *, inherited: bool = False) -> None:
+                 certificate: Certificate | None, signals: Signals, *,
+                 inherited: bool = False) -> None:
         super().__init__(listeners[0].getsockname(), Handler)
         self.settings, self.certificate = settings, certificate
         self.journal = journal
@@ -2546,7 +2602,7 @@ class Receiver(socketserver.BaseServer):
         return self.signals.stop
 
     def adopt(self, settings: Settings, certificate: Certificate | None) -> None:
-        """Judge the requests to come by these settings, and serve the connections to come with this certificate."""
+        """Serve requests to come by these settings, and connections to come with this certificate."""
         if settings.view_password != self.settings.view_password:
             self.guesses = Guesses()
         self.settings, self.certificate = settings, certificate
@@ -2563,7 +2619,7 @@ class Receiver(socketserver.BaseServer):
     # the accepting thread
 
     def serve_forever(self, poll_interval: float = LOOK_SECONDS) -> None:
-        """Accept until a stop is asked for; see every `poll_interval` seconds, at the latest, what is due."""
+        """Accept until a stop is asked for; every `poll_interval` seconds, at least, see what is due."""
         while not self.stopping:
             for key, _ in self.selector.select(poll_interval):
                 if key.data:
@@ -2595,8 +2651,8 @@ class Receiver(socketserver.BaseServer):
             if error.errno not in SHORTAGES:
                 return True  # it has left again (ECONNABORTED, EPROTO, EHOSTUNREACH)
             if self.is_due("descriptors"):
-                tell(f"cannot accept: {error.strerror}; "
-                     "raise the open-file limit (LimitNOFILE=, ulimit -n), or lower --max-connections")
+                tell(f"cannot accept: {error.strerror}; raise the open-file limit "
+                     "(LimitNOFILE=, ulimit -n), or lower --max-connections")
             self.relieve()
             return False
 
@@ -2608,9 +2664,9 @@ class Receiver(socketserver.BaseServer):
         return True
 
     def admit(self, accepted: socket.socket, address: Any) -> Connection | None:
-        """Return an accepted connection with a place; close it, and return None, where there is none for it."""
+        """Return an accepted connection that has a place; close it, and return None, if it gets none."""
         try:
-            accepted.getpeername()  # raises for a peer that has reset it: in a storm of those, none takes a place
+            accepted.getpeername()  # raises for a peer that has reset it: those take no place
         except OSError:
             accepted.close()
             return None
@@ -2620,14 +2676,14 @@ class Receiver(socketserver.BaseServer):
             while len(self.connections) >= self.settings.max_connections:
                 self.evict()
                 has_left = self.changed.wait(0.1)
-                if self.stopping and not has_left:  # all are storing their events, and there is no time to wait
+                if self.stopping and not has_left:  # all are storing, and the time is over
                     accepted.close()
                     return None
             self.connections.add(connection)
         return connection
 
     def relieve(self, newcomer: Connection | None = None) -> None:
-        """Have a connection give up its descriptor and its thread, but not the newcomer that needs them."""
+        """Have a connection give up its descriptor and thread, but not the newcomer, if there is one."""
         with self.changed:
             self.evict(newcomer)
             self.changed.wait(0.1)
@@ -2635,8 +2691,8 @@ class Receiver(socketserver.BaseServer):
     def evict(self, newcomer: Connection | None = None) -> None:
         """Cut the connection that has waited longest for its request, if there is one.
 
-        Those that have delivered a verified event go last. The caller holds `changed`, and chooses anew
-        after each wait.
+        Those that have delivered a verified event go last. The caller holds `changed`, and calls
+        this anew after each wait.
         """
         candidates = [each for each in self.connections
                       if each is not newcomer and not each.storing and each.interruption is None]
@@ -2646,7 +2702,7 @@ class Receiver(socketserver.BaseServer):
             self.count("evicted")
 
     def protect(self, connection: Connection) -> None:
-        """Keep the place of a connection while its event is being stored; raise Evicted if it is lost already."""
+        """Keep the place of a connection whose event is being stored; raise Evicted if it is lost."""
         with self.changed:
             if connection.interruption is Evicted:
                 raise Evicted
@@ -2664,11 +2720,12 @@ class Receiver(socketserver.BaseServer):
         untold = self.counts["evicted"] - self.evictions_told
         if untold and self.is_due("evictions"):
             self.evictions_told += untold
-            tell(f"evicted {untold} connections, the longest waiting, to make room for others; if your senders "
-                 f"need more than {self.settings.max_connections} at once, raise --max-connections")
+            limit = self.settings.max_connections
+            tell(f"evicted {untold} connections, the longest waiting, to make room for others; "
+                 f"if your senders need more than {limit} at once, raise --max-connections")
 
     def is_due(self, complaint: str) -> bool:
-        """Return whether to tell of a trouble that can come a thousand times a second: once in COMPLAINT_SECONDS."""
+        """Return whether to tell of a trouble now that can come a thousand times a second."""
         now = time.monotonic()
         if now < self.next_complaint.get(complaint, now):
             return False
@@ -2676,7 +2733,7 @@ class Receiver(socketserver.BaseServer):
         return True
 
     def add_threads(self) -> bool:
-        """Start threads until there is one for each connection and viewer; return whether there is."""
+        """Start threads until each connection and viewer has one; return whether each has."""
         with self.changed:
             wanted = len(self.connections) + len(self.viewers)
         try:
@@ -2685,15 +2742,15 @@ class Receiver(socketserver.BaseServer):
                 self.threads += 1
         except RuntimeError as error:
             if self.is_due("threads"):
-                tell(f"cannot start a thread: {error}; "
-                     "raise the limit of threads (TasksMax=, ulimit -u), or lower --max-connections")
+                tell(f"cannot start a thread: {error}; raise the limit of threads "
+                     "(TasksMax=, ulimit -u), or lower --max-connections")
             return False
         return True
 
     # a connection's thread
 
     def work(self) -> None:
-        """Serve one connection after another: the life of a thread. `stop` waits for connections, not for threads."""
+        """Serve one connection after another: the life of a thread, which no stop waits for."""
         while True:
             self.serve_connection(self.waiting.get())
 
@@ -2702,7 +2759,8 @@ class Receiver(socketserver.BaseServer):
         try:
             certificate = self.certificate
             if certificate is None or self.secure(connection, certificate.context):
-                self.finish_request(connection, connection.peer)  # type: ignore[arg-type]  # it stands for its socket
+                # The base class makes the handler; a Connection stands for its socket.
+                self.finish_request(connection, connection.peer)  # type: ignore[arg-type]
         except ConnectionEnded:
             pass
         except Exception as fault:
@@ -2714,21 +2772,23 @@ class Receiver(socketserver.BaseServer):
                 self.changed.notify_all()
 
     def secure(self, connection: Connection, context: ssl.SSLContext) -> bool:
-        """Speak TLS with the peer; return False where that failed and was told. Raise ConnectionEnded."""
+        """Return whether TLS is spoken with the peer; tell why not. Raise ConnectionEnded."""
         try:
             spoken = connection.handshake(context)
         except ssl.SSLError as error:
             reason = error.reason or "it is not TLS"
-            distrust = re.search("CERT|_CA", reason)
-            hint = "; it does not trust the certificate: is it current, and --cert the full chain?" if distrust else ""
-            self.report("refused", f"{connection.peer} refused TLS handshake failed: {reason}{hint}")
+            if re.search("CERT|_CA", reason):
+                reason += "; it does not trust the certificate: is it current, and --cert the full chain?"
+            self.report("refused", f"{connection.peer} refused TLS handshake failed: {reason}")
             return False
         if spoken is None:
             return True
 
         text = b"This port speaks https: use https:// in the URL.\n"
         head = format_head(400, len(text), "text/plain; charset=utf-8", [("Connection", "close")])
-        hint = NO_PROXY_PROTOCOL if spoken == PROXY_PROTOCOL else "the URL has to begin with https://"
+        hint = "the URL has to begin with https://"
+        if spoken == PROXY_PROTOCOL:
+            hint = NO_PROXY_PROTOCOL
         self.report("refused", f"{connection.peer} refused 400 {spoken} on the TLS port: {hint}")
         connection.send(head + text, self.settings.request_timeout)
         connection.end(unread=True)
@@ -2737,21 +2797,21 @@ class Receiver(socketserver.BaseServer):
     # the end
 
     def stop(self) -> None:
-        """Answer what has been sent whole, then end all connections: within STOP_SECONDS and some."""
+        """Answer what has been sent whole, then end all connections, within STOP_SECONDS and some."""
         begun = time.monotonic()
         self.take_backlog(begun + STOP_GRACE)
         self.wait_for_answers(begun + STOP_GRACE, begun + STOP_SECONDS)
         self.cut_the_rest()
 
     def take_backlog(self, end: float) -> None:
-        """Accept who has connected before, but for the sockets of systemd: theirs is for our successor."""
+        """Accept who has connected before; but the backlog of systemd's sockets is our successor's."""
         for listener in self.listeners:
             while not self.inherited and time.monotonic() < end and self.accept(listener):
                 pass
             listener.close()
 
     def wait_for_answers(self, grace: float, end: float) -> None:
-        """Let senders finish what they have begun until `grace`, and have that answered until `end` (monotonic)."""
+        """Let senders finish what they have begun until `grace`; answer it until `end` (monotonic)."""
         with self.changed:
             self.changed.wait_for(self.has_none, grace - time.monotonic())
             for connection in self.connections:
@@ -2760,7 +2820,7 @@ class Receiver(socketserver.BaseServer):
             self.changed.wait_for(self.has_none, end - time.monotonic())
 
     def cut_the_rest(self) -> None:
-        """End the connections whose event the disk does not take, and then those that take no answer."""
+        """End those whose event the disk does not take, and then those that take no answer."""
         self.journal.close()  # no append waits any longer
         with self.changed:
             self.changed.wait_for(self.has_none, CUT_SECONDS)
