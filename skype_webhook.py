@@ -2235,9 +2235,10 @@ class Tail:
 def network_of(host: str) -> str:
     """Return what one guesser can take addresses from: a /64 of IPv6, a single address of IPv4."""
     address = ipaddress.ip_address(host.partition("%")[0])  # without the zone of a link-local one
-    if address.version == 4:
-        return host
-    return str(ipaddress.ip_network((int(address), 64), strict=False))
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    mapped = address.ipv4_mapped
+    return str(mapped or ipaddress.IPv6Network((int(address), 64), strict=False))
 
 
 class Guesses:
@@ -2802,6 +2803,7 @@ class Receiver(socketserver.BaseServer):
         self.take_backlog(begun + STOP_GRACE)
         self.wait_for_answers(begun + STOP_GRACE, begun + STOP_SECONDS)
         self.cut_the_rest()
+        self.selector.close()
 
     def take_backlog(self, end: float) -> None:
         """Accept who has connected before; but the backlog of systemd's sockets is our successor's."""
