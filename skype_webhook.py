@@ -3479,102 +3479,158 @@ PAGE = r"""<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Skype Interviews, live</title>
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'%3E%3Ccircle cx='8' cy='8' r='8'/%3E%3C/svg%3E">
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'%3E
+%3Ccircle cx='8' cy='8' r='8'/%3E%3C/svg%3E">
 <style>
-:root { color-scheme: light dark; --back: light-dark(#f4f5f7, #0e1116); --card: light-dark(#fff, #161b22);
-  --text: light-dark(#1b1f24, #e6e9ed); --dim: light-dark(#59636e, #9aa4af); --line: light-dark(#d9dee4, #2d343d);
-  --blue: light-dark(#0a5ca8, #74b4ff); --amber: light-dark(#8a4b00, #f0b35b); --red: light-dark(#b3261e, #ff8a80);
-  --green: light-dark(#17702f, #5fd07c) }
+:root {
+  color-scheme: light dark;
+  --back: light-dark(#f4f5f7, #0e1116); --card: light-dark(#fff, #161b22);
+  --text: light-dark(#1b1f24, #e6e9ed); --dim: light-dark(#59636e, #9aa4af);
+  --line: light-dark(#d9dee4, #2d343d); --amber: light-dark(#8a4b00, #f0b35b);
+  --violet: light-dark(#6a3fb0, #c3a6ff); --blue: light-dark(#0a5ca8, #74b4ff);
+  --green: light-dark(#17702f, #5fd07c); --red: light-dark(#b3261e, #ff8a80);
+}
 * { box-sizing: border-box }
-body { margin: auto; padding: 1rem clamp(.75rem, 3vw, 2rem) 3rem; max-width: 84rem; background: var(--back); color: var(--text);
-  font: 15px/1.45 system-ui, sans-serif }
+body {
+  margin: auto; padding: 1rem clamp(.75rem, 3vw, 2rem) 3rem; max-width: 84rem;
+  background: var(--back); color: var(--text); font: 15px/1.45 system-ui, sans-serif;
+  font-variant-numeric: tabular-nums;
+}
 header { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; align-items: center }
 h1 { font-size: 1.25rem; margin: 0 auto 0 0 }
-input, button { padding: .4rem .7rem; border: 1px solid var(--dim); border-radius: .5rem; background: var(--card); color: inherit;
-  font: inherit; max-width: 100% }
+input {
+  padding: .4rem .7rem; border: 1px solid var(--dim); border-radius: .5rem;
+  background: var(--card); color: inherit; font: inherit; max-width: 100%;
+}
 :focus-visible { outline: 2px solid var(--blue); outline-offset: 2px }
 #state::before { content: "\25cb\a0"; color: var(--amber) }
 #state.live::before { content: "\25cf\a0"; color: var(--green) }
+#note { min-height: 1.45em; margin: .6rem 0 }
 .small { font-size: .87em; color: var(--dim) }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
-table { width: 100%; border-collapse: collapse; table-layout: fixed; background: var(--card); border: 1px solid var(--line) }
-th, td { padding: .65rem .8rem; border-top: 1px solid var(--line); text-align: left; vertical-align: top; overflow-wrap: anywhere }
-th:nth-child(1) { width: 20% } th:nth-child(2) { width: 25% } th:nth-child(4) { width: 11% }
+[hidden] { display: none !important }
+
+table {
+  width: 100%; border-collapse: collapse; table-layout: fixed;
+  background: var(--card); border: 1px solid var(--line);
+}
+th, td {
+  padding: .6rem .8rem; border-top: 1px solid var(--line);
+  text-align: left; vertical-align: top; overflow-wrap: anywhere;
+}
+th:nth-child(1) { width: 17% }
+th:nth-child(2) { width: 22% }
+th:nth-child(4) { width: 10% }
 a { color: var(--blue); font: .87em ui-monospace, monospace }
 a, .metadata { display: block; max-height: 6em; overflow: auto }  /* however long the text is */
-ol { display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: .5rem 1rem; list-style: none; margin: 0; padding: 0 }
-.gap { border-left: 3px dashed var(--amber); padding-left: .5rem }
-em { display: block; color: var(--amber); font: 600 13px/1.45 system-ui, sans-serif }
-.mark { display: inline-block; width: 1.7em; margin-right: .5em; text-align: center; font: 700 .8em/1.7 ui-monospace, monospace;
-  color: var(--card); background: var(--blue); border-radius: 50% }
-.Failed { background: var(--red); clip-path: polygon(50% -10%, 110% 100%, -10% 100%) }
-.Completed { background: var(--green); border-radius: .2em }
-.Canceled, .Archived { background: var(--dim); border-radius: .8em .8em 0 0 }
+ol {
+  display: grid; grid-template-columns: repeat(auto-fill, minmax(11.4rem, 1fr)); gap: .45rem 1rem;
+  list-style: none; margin: 0; padding: 0; font-size: .9em;
+}
+li, .stage { position: relative; padding-left: 2.5em }
+.gap { border-left: 3px dashed var(--amber); padding-left: calc(2.5em + .5rem) }
+.gap .mark { left: .5rem }
+li time, li span { white-space: nowrap }
+em { display: block; margin-left: -2.5em; color: var(--amber); font-style: normal }
+
+/* A stage's mark. The colour and the letter are its phase, the sign is what became of it; what is
+   complete or at its end is filled. */
+.mark {
+  position: absolute; left: 0; width: 2.3em; text-align: center; border-radius: .3em;
+  font: 700 .8em/1.6 ui-monospace, monospace;
+  --hue: var(--dim); color: var(--hue); box-shadow: inset 0 0 0 1.5px var(--hue);
+}
+.Scheduling { --hue: var(--violet) }
+.Interview { --hue: var(--blue) }
+.Feedback { --hue: var(--green) }
+.Canceled, .Archived { --hue: var(--dim) }
+.Failed { --hue: var(--red); border-radius: 1em }
+.Completed, .Failed, .Canceled, .Archived { color: var(--card); background: var(--hue) }
+
 @media (max-width: 45rem) {
   input { width: 100% }
   thead { position: absolute; clip-path: inset(50%) }
-  table, tbody, tr, td, tbody th { display: block; width: auto !important; border: 0; background: none }
-  tr { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; margin-bottom: .7rem; padding: .4rem 0 }
+  table, tbody, td, tbody th { display: block; width: auto !important; border: 0; background: none }
+  tr {
+    display: grid; grid-template-columns: 1fr auto; margin-bottom: .6rem; padding: .35rem 0;
+    background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
+  }
   td, th { padding: .25rem .8rem }
-  td:last-child::before { content: "changed " }
+  td { grid-column: 1 / 3 }
+  td:last-child { grid-area: 1 / 2; font-size: .87em; color: var(--dim) }
+  ol { grid-template-columns: repeat(auto-fit, minmax(9.6rem, 1fr)) }
 }
-[hidden] { display: none !important }
 </style>
-<header><h1>Skype Interviews</h1><span id="state" role="status">connecting</span>
-<input id="filter" type="search" size="30" placeholder="Filter: code, stage, metadata" aria-label="Filter: code, stage, metadata"></header>
-<main><p id="note" class="small"></p>
-<p id="empty" hidden>No events yet. Send a first one, on the receiver's machine and in its folder:<br>
+
+<header>
+<h1>Skype Interviews</h1><span id="state" role="status">connecting</span>
+<input id="filter" type="search" size="30" placeholder="Filter: code, stage, metadata"
+  aria-label="Filter: code, stage, metadata">
+</header>
+<main>
+<p id="note" class="small"></p>
+<p id="empty" hidden>No events yet.
+Send a first one, on the receiver's machine and in its folder:<br>
 <code>python3 skype_webhook.py send '<span id="origin"></span>{PATH}' --insecure</code></p>
 <table role="table" hidden><caption class="unseen">Interviews, newest change first</caption>
 <thead class="small" role="rowgroup"><tr role="row">
 <th role="columnheader">Interview</th><th role="columnheader">Stage</th>
 <th role="columnheader">Path</th><th role="columnheader">Changed</th></tr></thead>
 <tbody id="rows" role="rowgroup"></tbody></table>
-<p id="news" class="unseen" aria-live="polite"></p></main>
-<noscript>The live view needs JavaScript. In a terminal: python3 skype_webhook.py timeline</noscript>
+<p id="news" class="unseen" aria-live="polite"></p>
+</main>
+<noscript>This page needs JavaScript. In a terminal: python3 skype_webhook.py timeline</noscript>
+
 <script>
 "use strict";
 const STAGES = new Map(Object.entries({STAGES})), OPENED = Date.now();
 const ROWS = 500, STEPS = 40;  // shown at most: of the interviews, and of the steps of each
-const SIGNS = {Created: "+", Time: "?", Started: "\u25b6", Collecting: "\u2026", Completed: "\u2713", Failed: "!", Canceled: "\u00d7",
-  Archived: "="};
-const CLOCK = new Intl.DateTimeFormat([], {timeStyle: "short"});
-const DAY = new Intl.DateTimeFormat([], {dateStyle: "medium", timeStyle: "short"});
+const SIGNS = {Created: "+", Time: "?", Started: "\u25b6", Collecting: "\u2026",
+  Completed: "\u2713", Failed: "!", Canceled: "\u00d7", Archived: "="};
+const TODAY = new Intl.DateTimeFormat([], {timeStyle: "short"});
+const THIS_YEAR = new Intl.DateTimeFormat([],
+  {month: "short", day: "numeric", hour: "numeric", minute: "2-digit"});
+const BEFORE = new Intl.DateTimeFormat([], {dateStyle: "medium", timeStyle: "short"});
 const $ = id => document.getElementById(id);
-const interviews = new Map(), seen = new Set(), changed = new Set();  // by code; ids of events; those to be drawn again
 
-// The connection. With the id of the last event that it got, a new one misses nothing.
-let source, heard, retry, due, wait = 2000, last = "";
+// An interview: {code, steps, now: its last step, text: what the filter looks at,
+// row: where it is shown, stale: to be drawn again, fresh: changed since the page was opened}
+const interviews = new Map();  // by code
+const changed = new Set();     // interviews whose steps are to be put in order
+const seen = new Set();        // ids of events
+let broken = 0;                // lines that are no event
+let due;                       // the next drawing
 
-// Text is only ever set as text. What cannot be seen in it, or turns it around (bidi marks), is spelt out.
-const shown = text => text.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, c => "\\u" + c.codePointAt(0).toString(16).padStart(4, "0"));
-const named = stage => shown(stage.slice(0, 100)) || "no stage";
-
-function make(tag, properties, ...children) {
-  const node = Object.assign(document.createElement(tag), properties);
-  node.append(...children);
-  return node;
-}
-
-// An interview: {code, steps, now: its last step, text: what the filter looks at, row: where it is shown}
+// --- Events in ---
 
 function moment({time = "", recordedtime: recorded}) {
   let date = new Date(time.toUpperCase());
   if (isNaN(date)) [time, date] = [recorded, new Date(recorded)];
-  const ticks = /\.\d{3}(\d*)/.exec(time)?.[1] ?? "";  // a Date loses them; the key, which gives the order, keeps them
+  // A Date has milliseconds; the key, which gives the order, has all digits.
+  const ticks = /\.\d{3}(\d*)/.exec(time)?.[1] ?? "";
   return {time, recorded, date, key: `${date.toISOString().slice(0, 23)}${ticks} ${recorded}`};
 }
 
 function take(line) {
-  const event = JSON.parse(line), code = event.subject ?? "-";
+  const event = JSON.parse(line);
   if (seen.has(event.id)) return;
+  const text = (stage, name) => {
+    const value = event.data?.[stage]?.[name];
+    return typeof value === "string" ? value : "";
+  };
+  const step = {
+    ...moment(event),
+    stage: text("currentStage", "value"),
+    metadata: text("currentStage", "metadata"),
+    previous: text("previousStage", "value"),
+    readable: "data" in event,
+  };
   seen.add(event.id);
-  const body = event.data ?? JSON.parse(new TextDecoder().decode(Uint8Array.from(atob(event.data_base64), c => c.charCodeAt(0))));
-  const text = (stage, name) => typeof body[stage]?.[name] === "string" ? body[stage][name] : "";
-  const stage = text("currentStage", "value"), metadata = text("currentStage", "metadata"), previous = text("previousStage", "value");
+
+  const code = String(event.subject ?? "-");
   if (!interviews.has(code)) interviews.set(code, {code, steps: []});
   const interview = interviews.get(code);
-  interview.steps.push({...moment(event), stage, metadata, previous});
+  interview.steps.push(step);
   interview.fresh ||= Date.parse(event.recordedtime) > OPENED;
   interview.stale = true;
   changed.add(interview);
@@ -3588,90 +3644,173 @@ function settle(interview) {  // in the order of the events' own time, with gaps
     before = step.stage || before;
   }
   interview.now = steps[steps.length - 1];
-  interview.text = [interview.code, ...steps.flatMap(step => [step.stage, step.metadata])].join(" ").toLowerCase();
+  const words = steps.flatMap(step => [step.stage, step.metadata]);
+  interview.text = [interview.code, ...words].join(" ").toLowerCase();
+}
+
+// --- Text and times out. Text is only ever set as text. What cannot be seen in it, or turns it
+// around (bidi marks), is spelt out. ---
+
+const spelt = character => "\\u" + character.codePointAt(0).toString(16).padStart(4, "0");
+const shown = text => text.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, spelt);
+const named = stage => shown(stage.slice(0, 100)) || "no stage";
+const called = code => code === "-" ? "no interview code" : shown(code);
+
+function make(tag, properties, ...children) {
+  const node = Object.assign(document.createElement(tag), properties);
+  node.append(...children);
+  return node;
+}
+
+function breakable(text) {  // a narrow column breaks InterviewStarted before Started
+  return text.split(/(?=[A-Z])/).flatMap(word => [make("wbr", {}), word]);
 }
 
 function duration(seconds) {
-  for (const [size, unit, part, its] of [[86400, "d", 3600, "h"], [3600, "h", 60, "min"], [60, "min", 1, "s"]]) {
-    const rest = Math.floor(seconds % size / part);
-    if (seconds >= size) return `${Math.floor(seconds / size)} ${unit}` + (rest ? ` ${rest} ${its}` : "");
+  const units = [[86400, "d", 3600, "h"], [3600, "h", 60, "min"], [60, "min", 1, "s"]];
+  for (const [size, unit, part, its] of units) {
+    const count = Math.floor(seconds / size), rest = Math.floor(seconds % size / part);
+    if (count) return `${count} ${unit}` + (rest ? ` ${rest} ${its}` : "");
   }
   return seconds >= 1 ? `${Math.floor(seconds)} s` : "under 1 s";
 }
 
-function clock(step, format) {
-  const more = step.time === step.recorded ? "" : `\nrecorded ${step.recorded}`;
-  return make("time", {dateTime: step.date.toISOString(), title: step.time + more}, format.format(step.date));
+function when(date) {
+  const now = new Date(), minutes = Math.floor((now - date) / 60000);
+  if (minutes === 0 || minutes === -1) return "just now";  // -1: its clock is a little ahead
+  if (minutes > 0 && minutes < 60) return `${minutes} min ago`;
+  if (date.toDateString() === now.toDateString()) return TODAY.format(date);
+  return (date.getFullYear() === now.getFullYear() ? THIS_YEAR : BEFORE).format(date);
 }
 
-function mark(stage) {
-  const kind = STAGES.has(stage) ? /[A-Z][a-z]+$/.exec(stage)[0] : "";
-  return make("span", {className: "mark " + kind, ariaHidden: "true"}, SIGNS[kind] ?? "\u2013");
+const ageOf = date => Date.now() - date < 86400000 ? "young" : "";  // whose text will change
+
+function clock({date, time, recorded}) {  // the exact time on hover
+  const title = time + (time === recorded ? "" : `\nrecorded ${recorded}`);
+  return make("time", {className: ageOf(date), dateTime: date.toISOString(), title}, when(date));
+}
+
+function keepTime() {
+  for (const time of document.querySelectorAll("time.young")) {
+    const date = new Date(time.dateTime), text = when(date);
+    if (time.textContent !== text) time.textContent = text;
+    time.className = ageOf(date);
+  }
+}
+
+// --- Rows ---
+
+function mark(stage) {  // of InterviewStarted, the phase is Interview and the outcome Started
+  const words = STAGES.has(stage) && /^([A-Z][a-z]+)([A-Z][a-z]+)$/.exec(stage);
+  const [, phase, outcome] = words || ["", "", ""];
+  const sign = phase.slice(0, 1) + (SIGNS[outcome] ?? "\u2013");
+  return make("span", {className: `mark ${phase} ${outcome}`, ariaHidden: "true"}, sign);
+}
+
+function meaning({stage, readable}) {
+  if (stage) return STAGES.get(stage) ?? "not a documented stage";
+  return readable ? "the event names no stage" : "its body is no plain JSON object: see the log";
 }
 
 function item(step, i, steps) {
-  const before = steps[i - 1], after = steps[i + 1], sameDay = before?.date.toDateString() === step.date.toDateString();
-  const times = make("div", {className: "small"}, clock(step, sameDay ? CLOCK : DAY));
-  if (after) times.append(` \u00b7 ${duration((after.date - step.date) / 1000)}`);
+  const after = steps[i + 1], times = make("div", {className: "small"}, clock(step));
+  const seconds = after && (after.date - step.date) / 1000;
+  if (after) times.append(" \u00b7 ", make("span", {}, duration(seconds)));
+  const gap = step.gap ? make("em", {}, "gap: came from ", ...breakable(named(step.previous))) : "";
   return make("li", {className: step.gap ? "gap" : "", title: shown(step.metadata)},
-    step.gap ? make("em", {}, `gap: came from ${named(step.previous)}`) : "", mark(step.stage), named(step.stage), times);
+    gap, mark(step.stage), ...breakable(named(step.stage)), times);
+}
+
+function makeRow(code) {
+  const link = make("a", {href: "#" + encodeURIComponent(code)}, called(code));
+  const cell = () => make("td", {role: "cell"});
+  return make("tr", {role: "row"},
+    make("th", {role: "rowheader", scope: "row"}, link), cell(), cell(), cell());
 }
 
 function fill(interview) {  // the row and its link stay, so that focus does
-  const {code, now, steps} = interview, cell = () => make("td", {role: "cell"}), hidden = Math.max(0, steps.length - STEPS);
-  interview.row ??= make("tr", {role: "row"}, make("th", {role: "rowheader", scope: "row"},
-    make("a", {href: "#" + encodeURIComponent(code)}, shown(code))), cell(), cell(), cell());
+  const {code, now, steps} = interview, hidden = Math.max(0, steps.length - STEPS);
+  interview.row ??= makeRow(code);
   const [, stage, path, time] = interview.row.cells;
-  stage.replaceChildren(mark(now.stage), make("strong", {}, named(now.stage)),
-    make("div", {className: "small"}, STAGES.get(now.stage) ?? "not a documented stage"),
-    make("div", {className: "small metadata", tabIndex: now.metadata.length > 200 ? 0 : -1}, shown(now.metadata)));  // long: it scrolls
-  path.replaceChildren(hidden ? `after ${hidden} earlier steps:` : "", make("ol", {}, ...steps.map(item).slice(hidden)));
-  time.replaceChildren(clock(now, DAY));
-  if (interview.fresh) interview.row.animate([{backgroundColor: "color-mix(in srgb, var(--blue) 30%, var(--card))"}, {}], 2000);
+  const metadata = make("div", {className: "small metadata"}, shown(now.metadata));
+  if (now.metadata.length > 200) metadata.tabIndex = 0;  // it scrolls
+  stage.replaceChildren(make("div", {className: "stage"},
+    mark(now.stage), make("strong", {}, ...breakable(named(now.stage))),
+    make("div", {className: "small"}, meaning(now)), metadata));
+  path.replaceChildren(hidden ? `after ${hidden} earlier steps:` : "",
+    make("ol", {}, ...steps.map(item).slice(hidden)));
+  time.replaceChildren(clock(now));
+
+  const colours = [{backgroundColor: "color-mix(in srgb, var(--blue) 30%, var(--card))"}, {}];
+  if (interview.fresh) interview.row.animate(colours, 2000);
   interview.stale = interview.fresh = false;
 }
 
 function arrange(rows) {  // moving as few as can be
   const table = $("rows"), held = document.activeElement, row = held.closest("#rows tr");
-  rows.forEach((each, i) => { if (table.children[i] !== each) table.insertBefore(each, table.children[i] ?? null); });
+  rows.forEach((each, i) => {
+    if (table.children[i] !== each) table.insertBefore(each, table.children[i] ?? null);
+  });
   while (table.children.length > rows.length) table.lastChild.remove();
-  if (row?.isConnected && document.activeElement !== held) (held.isConnected ? held : row.querySelector("a")).focus({preventScroll: true});
+  if (!row?.isConnected || document.activeElement === held) return;
+  (held.isConnected ? held : row.querySelector("a")).focus({preventScroll: true});
 }
 
 function announce(news) {
+  const sentence = ({code, now}) => `${called(code.slice(0, 100))} is now ${named(now.stage)}`;
   $("news").textContent = news.length > 3 ? `${news.length} interviews have changed`
-    : news.map(each => `${shown(each.code.slice(0, 100))} is now ${named(each.now.stage)}`).join(", ");
+    : news.map(sentence).join(", ");
 }
 
 function render() {
   due = clearTimeout(due);
   changed.forEach(settle);
-  const wanted = $("filter").value.trim().toLowerCase(), news = [...changed].filter(each => each.fresh);
-  const found = [...interviews.values()].filter(each => each.text.includes(wanted)).sort((a, b) => a.now.key < b.now.key ? 1 : -1);
-  const part = found.slice(0, ROWS);
+  const news = [...changed].filter(each => each.fresh);
+  changed.clear();
+
+  const wanted = $("filter").value.trim().toLowerCase();
+  const found = [...interviews.values()].filter(each => each.text.includes(wanted));
+  const part = found.sort((a, b) => a.now.key < b.now.key ? 1 : -1).slice(0, ROWS);
   part.filter(each => each.stale).forEach(fill);
   arrange(part.map(each => each.row));
   if (news.length) announce(news);
-  changed.clear();
-  $("note").textContent = (interviews.size ? `${found.length} of ${interviews.size} interviews` : "")
-    + (found.length > ROWS ? `, the newest ${ROWS} are shown` : "");
+
+  const size = interviews.size;
+  $("note").textContent = (size ? `${found.length} of ${size} interviews` : "")
+    + (found.length > ROWS ? `, the newest ${ROWS} are shown` : "")
+    + (broken ? `, ${broken} lines of the log could not be read` : "");
   document.querySelector("table").hidden = !found.length;
-  $("empty").hidden = interviews.size > 0 || $("state").className !== "live";
+  $("empty").hidden = size > 0 || $("state").className !== "live";
 }
+
+// --- The connection. With the id of the last event that it got, a new one misses nothing. ---
+
+let source, retry, wait = 2000, last = "";
+let heard;  // when the receiver was last heard of
 
 function listen(message) {
   heard = Date.now();
   due ||= setTimeout(render, 60);
   last = message.lastEventId;
-  take(message.data);
+  try {
+    take(message.data);
+  } catch {
+    broken += 1;
+  }
 }
 
-const say = state => { if ($("state").textContent !== state) $("state").textContent = $("state").className = state; };
+function say(state) {
+  if ($("state").textContent !== state) $("state").textContent = $("state").className = state;
+}
 
 function connect() {
   heard = Date.now();
   source = new EventSource(`${location.origin}${location.pathname}events?after=${last}`);
-  source.onopen = () => { wait = 2000; say("live"); due ||= setTimeout(render, 500); };  // an empty log says nothing
+  source.onopen = () => {
+    wait = 2000;
+    say("live");
+    due ||= setTimeout(render, 500);  // an empty log sends nothing
+  };
   source.onmessage = listen;
   source.addEventListener("heartbeat", () => { heard = Date.now(); });
   source.onerror = reconnect;
@@ -3679,19 +3818,33 @@ function connect() {
 
 function reconnect() {  // by a new source: the browser's own stops at a 503
   source.close();
-  heard = Date.now();  // or the next look, sooner than the connection after a long wait, would only begin that wait anew
+  heard = Date.now();  // or the watch below begins a long wait anew before it is over
   say("reconnecting");
   clearTimeout(retry);
   retry = setTimeout(connect, wait);
-  wait = Math.min(2 * wait, 30000);  // seldom enough that a page with an old password does not use up its address's attempts
+  wait = Math.min(2 * wait, 30000);  // or a page with an old password uses up the attempts
+}
+
+function filterByHash() {
+  let text = location.hash.slice(1);
+  try {
+    text = decodeURIComponent(text);
+  } catch {
+    // it was typed by hand
+  }
+  $("filter").value = text;
+  render();
 }
 
 $("filter").oninput = render;
 $("origin").textContent = location.origin;
-onhashchange = () => { $("filter").value = decodeURIComponent(location.hash.slice(1)); render(); };
-setInterval(() => { if (Date.now() - heard > 40000) reconnect(); }, 5000);  // no heartbeat: it slept, or the network has gone
+onhashchange = filterByHash;
+setInterval(keepTime, 10000);
+setInterval(() => {
+  if (Date.now() - heard > 40000) reconnect();  // no heartbeat: it slept, or the network has gone
+}, 5000);
 connect();
-onhashchange();
+filterByHash();
 </script>
 </html>
 """.replace("{STAGES}", json.dumps(STAGES))

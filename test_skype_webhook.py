@@ -29,6 +29,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 import uuid
 
 import pytest
@@ -3291,6 +3292,8 @@ class Browser:
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
+        hasten = "const slow = setInterval; setInterval = act => slow(act, 50)"
+        self.call("Page.addScriptToEvaluateOnNewDocument", source=hasten)
 
     def call(self, method, **params):
         self.number += 1
@@ -3314,70 +3317,217 @@ class Browser:
     def wait_for(self, script):
         assert until(lambda: self.run(script)), (script, self.run("document.body.innerText"))
 
+    def wait_for_rows(self, count):
+        self.wait_for(f"document.querySelectorAll('#rows tr').length == {count} && !changed.size")
+
+    def resize(self, width):
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False)
+
+    def open(self, port, password):
+        """Open the live view, and wait until it is connected."""
+        self.events.clear()
+        password = urllib.parse.quote(password)
+        self.call("Page.navigate", url=f"https://viewer:{password}@localhost:{port}/")
+        self.wait_for("document.querySelector('#state')?.className == 'live'")
+
+    def check(self, port):
+        """Check that the page threw and logged nothing, and loaded nothing from elsewhere."""
+        noise = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
+        assert [e for e in self.events if e["method"] in noise and "401" not in json.dumps(e)] == []
+        requests = [e["params"]["request"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
+        ours = re.compile(rf"https://([^@/]*@)?localhost:{port}/|data:")
+        assert requests and all(ours.match(request["url"]) for request in requests), requests
+
     def close(self):
         self.process.kill()
         self.process.wait()
 
 
-def test_a_delivery_shows_up_in_the_browser_and_hostile_text_stays_text(serve, tmp_path):
-    with contextlib.closing(Browser(tmp_path / "browser")) as browser:
-        server = serve(SKYPE_VIEW_PASSWORD="pass")
-        browser.call("Page.navigate", url=f"https://viewer:pass@localhost:{server.port}/")
-        browser.wait_for("document.querySelector('#state.live') && !document.querySelector('#empty').hidden")
-        hostile = '<script>alert(1)</script>"><img src=x onerror=alert(2)>\u202etxet'
-        for n, text in enumerate((hostile, "x" * 10_000)):
-            stage = {"value": hostile if n == 0 else "InterviewStarted", "metadata": text}
-            assert server.deliver(event(interviewCode=f"{n} {hostile}", currentStage=stage))[0] == 200
-        browser.wait_for("document.querySelectorAll('#rows tr').length == 2")
-        shown = browser.run("document.body.textContent")
-        assert "<script>alert(1)</script>\"><img src=x onerror=alert(2)>\\u202etxet" in shown and "\u202e" not in shown
-        assert browser.run("document.querySelectorAll('img, #rows script').length") == 0
-        for width in (390, 1280):
-            browser.call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False)
-            assert browser.run("document.documentElement.scrollWidth") <= width
-        server.log.rename(server.log.with_name("events.jsonl.1"))
-        browser.run("document.querySelector('#rows a').focus()")
-        held = browser.run("document.activeElement.textContent")
-        server.deliver(event(interviewCode="after the rotation"))
-        browser.wait_for("document.querySelector('#rows').textContent.includes('after the rotation')")
-        assert browser.run("document.activeElement.textContent") == held
-        assert browser.run("document.querySelectorAll('#rows tr').length") == 3
-        server.deliver(event(interviewCode="after the rotation", previousStage={"value": "InterviewStarted"},
-                             timestamp="2018-02-26T18:50:18Z"))
-        browser.wait_for("document.querySelector('.gap')?.textContent.startsWith('gap: came from InterviewStarted')")
-        assert "1 h" in browser.run("document.querySelector('#rows ol').textContent")
-        browser.run("location.hash = 'rotation'")
-        browser.wait_for("document.querySelectorAll('#rows tr').length == 1")
-        urls = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
-        ours = re.compile(rf"https://(viewer:pass@)?localhost:{server.port}/|data:")
-        assert urls and all(map(ours.match, urls)), urls
-        noise = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
-        assert [e for e in browser.events if e["method"] in noise and "401" not in json.dumps(e)] == []
-        assert server.stop() == 0
-        browser.wait_for("document.querySelector('#state').textContent == 'reconnecting'")
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    browser = Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.close()
 
 
-def test_a_page_that_hears_nothing_goes_on_where_it_was(serve, tmp_path):
-    (tmp_path / "events.jsonl").write_bytes(line_of(event(interviewCode="one")))
-    with contextlib.closing(Browser(tmp_path / "browser")) as browser:
-        server = serve(SKYPE_VIEW_PASSWORD="pass")
-        browser.call("Page.addScriptToEvaluateOnNewDocument", source="const slow = setInterval; setInterval = act => slow(act, 50)")
-        browser.call("Page.navigate", url=f"https://viewer:pass@localhost:{server.port}/")
-        browser.wait_for("document.querySelectorAll('#rows tr').length == 1")
-        browser.run("source.first = true; heard = 0; wait = 200")
-        browser.wait_for("!source.first && document.querySelector('#state').className == 'live'")
-        assert browser.run("source.url").endswith(f"-{server.log.stat().st_size}")
-        server.deliver(event(interviewCode="two"))
-        browser.wait_for("document.querySelectorAll('#rows tr').length == 2")
+@pytest.fixture
+def page(view, browser):
+    """The page of a log, in a browser; what it throws or loads from elsewhere fails the test."""
+    browser.open(view.port, PASSWORD)
+    yield browser
+    browser.check(view.port)
 
 
-def test_a_page_hears_the_heartbeat(serve, tmp_path):
-    with contextlib.closing(Browser(tmp_path / "browser")) as browser:
-        server = serve(SKYPE_VIEW_PASSWORD="pass", limits={"HEARTBEAT_SECONDS": 0.3})
-        browser.call("Page.navigate", url=f"https://viewer:pass@localhost:{server.port}/")
-        browser.wait_for("document.querySelector('#state').className == 'live'")
-        browser.run("heard = 0")
-        browser.wait_for("heard > 0")
+def cell(number):
+    """Return an expression for the text of the first row's nth cell."""
+    return f"document.querySelector('#rows tr').cells[{number}].textContent"
+
+
+def time_ago(seconds):
+    return time.strftime("%Y-%m-%dT%H:%M:%S.1234567Z", time.gmtime(time.time() - seconds))
+
+
+def test_a_delivery_appears_without_a_reload(view, page):
+    page.wait_for("!document.querySelector('#empty').hidden")
+    view.deliver(event(interviewCode="code"))
+    page.wait_for_rows(1)
+    assert page.run(cell(0)) == "code"
+    assert page.run(cell(1)).startswith("S?SchedulingTimecandidate or interviewer is asked")
+    assert page.run("document.querySelector('#empty').hidden")
+
+
+@pytest.mark.parametrize("text", [
+    '<script>alert(1)</script>"><img src=x onerror=alert(2)>',
+    "\u202etxet",
+    "x" * 10_000])
+def test_hostile_text_stays_text_in_its_place(view, page, text):
+    stage = {"value": text, "metadata": text}
+    view.deliver(event(interviewCode=text[:999], previousStage=stage, currentStage=stage))
+    page.wait_for_rows(1)
+    shown = text.replace("\u202e", "\\u202e")
+    assert page.run(cell(0)) == shown[:999]
+    assert shown[:100] in page.run(cell(1)) and page.run(cell(1)).endswith(shown)
+    assert page.run("document.querySelectorAll('img, #rows script').length") == 0
+    for width in (390, 1280):
+        page.resize(width)
+        assert page.run("document.documentElement.scrollWidth") <= width
+
+
+def test_a_path_has_times_and_gaps(view, page):
+    started, failed = {"value": "InterviewStarted"}, {"value": "InterviewFailed"}
+    view.deliver(event(interviewCode="code", timestamp="2018-02-26T17:50:17Z"))
+    view.deliver(event(interviewCode="code", timestamp="2018-02-26T19:53:17Z", previousStage=started,
+                       currentStage=failed))
+    page.wait_for("document.querySelectorAll('#rows li').length == 2")
+    first, second = page.run("[...document.querySelectorAll('#rows li')].map(e => e.textContent)")
+    assert first.startswith("S?SchedulingTime") and first.endswith("2 h 3 min")
+    assert second.startswith("gap: came from InterviewStartedI!InterviewFailed")
+    assert page.run("document.querySelectorAll('.gap').length") == 1
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [
+    (-20, r"just now"),
+    (20, r"just now"),
+    (200, r"3 min ago"),
+    (3500, r"58 min ago"),
+    (3700, r".*\d:\d\d.*"),
+    (400 * 86400, r".*20\d\d.*\d:\d\d.*")])
+def test_a_young_time_is_relative_and_exact_on_hover(view, page, seconds, shown):
+    sent = time_ago(seconds)
+    view.deliver(event(timestamp=sent))
+    page.wait_for_rows(1)
+    assert re.fullmatch(shown, page.run(cell(3)))
+    assert re.fullmatch(rf"{sent}\nrecorded 20[^ ]*Z", page.run("document.querySelector('time').title"))
+
+
+def test_a_relative_time_grows_while_the_page_is_open(view, page):
+    view.deliver(event(timestamp=time_ago(20)))
+    page.wait_for_rows(1)
+    page.run(f"document.querySelectorAll('time').forEach(e => {{ e.dateTime = '{time_ago(320)}' }})")
+    page.wait_for(f"{cell(3)} == '5 min ago' && {cell(2)}.endsWith('5 min ago')")
+
+
+def test_the_twelve_stages_have_marks_of_their_own(view, page):
+    for stage in sw.STAGES:
+        view.deliver(event(currentStage={"value": stage}))
+    page.wait_for_rows(12)
+    marks = page.run("[...document.querySelectorAll('td:nth-child(2) .mark')].map(e => e.textContent)")
+    assert len(set(marks)) == 12
+    assert page.run("document.querySelectorAll('td:nth-child(2) .Failed').length") == 3
+
+
+@pytest.mark.parametrize(("stage", "mark"), [
+    ("InterviewRescheduled", "I\u2013"),
+    ("Postponed2", "\u2013"),
+    ("waiting", "\u2013")])
+def test_a_documented_stage_of_another_form_has_a_mark(view, page, stage, mark):
+    page.run(f"STAGES.set('{stage}', 'a new one')")
+    view.deliver(event(currentStage={"value": stage}))
+    page.wait_for_rows(1)
+    assert page.run(cell(1)) == f"{mark}{stage}a new one"
+
+
+@pytest.mark.parametrize(("body", "code", "why"), [
+    (b"{}", "no interview code", "the event names no stage"),
+    (b'{"interviewCode":"c","currentStage":7}', "c", "the event names no stage"),
+    (b'\xef\xbb\xbf{"interviewCode":"c"}', "c", "its body is no plain JSON object: see the log"),
+    (b"[1]", "no interview code", "its body is no plain JSON object: see the log"),
+    (b"no JSON \xff", "no interview code", "its body is no plain JSON object: see the log")])
+def test_an_event_without_a_stage_is_shown_with_the_reason(view, page, body, code, why):
+    view.deliver(body)
+    page.wait_for_rows(1)
+    assert [page.run(cell(0)), page.run(cell(1))] == [code, f"\u2013no stage{why}"]
+
+
+def test_a_line_that_a_page_cannot_read_is_counted(view, page):
+    view.log.write_bytes(line_of(event())[:-2] + b"\n" + line_of(event(interviewCode="good")))
+    page.wait_for_rows(1)
+    assert page.run("document.querySelector('#note').textContent") == (
+        "1 of 1 interviews, 1 lines of the log could not be read")
+
+
+def test_two_hundred_interviews_are_listed_newest_change_first(view, page):
+    lines = [line_of(event(interviewCode=f"code {n:03}", timestamp=time_ago(9000 - n))) for n in range(200)]
+    view.log.write_bytes(b"".join(lines))
+    page.wait_for_rows(200)
+    codes = page.run("[...document.querySelectorAll('#rows a')].map(e => e.textContent)")
+    assert codes == [f"code {n:03}" for n in reversed(range(200))]
+    view.deliver(event(interviewCode="code 007", timestamp=time_ago(0)))
+    page.wait_for(f"{cell(0)} == 'code 007'")
+
+
+def test_a_page_follows_a_rotation_and_keeps_the_focus(view, page):
+    view.deliver(event(interviewCode="before"))
+    page.wait_for_rows(1)
+    page.run("document.querySelector('#rows a').focus()")
+    replace_log(view.log, "rename")
+    view.deliver(event(interviewCode="after", timestamp=time_ago(0)))
+    page.wait_for_rows(2)
+    assert page.run(cell(0)) == "after"
+    assert page.run("document.activeElement.textContent") == "before"
+
+
+@pytest.mark.parametrize(("part", "rows"), [("two", 1), ("interview%20", 2), ("%", 0), ("", 2)])
+def test_the_hash_of_an_address_is_a_filter(view, page, part, rows):
+    for code in ("interview one", "interview two"):
+        view.deliver(event(interviewCode=code))
+    page.wait_for_rows(2)
+    page.run(f"location.hash = '{part}'")
+    page.wait_for_rows(rows)
+
+
+def test_a_page_that_hears_nothing_goes_on_where_it_was(view, page):
+    view.deliver(event(interviewCode="one"))
+    page.wait_for_rows(1)
+    page.run("source.first = true; wait = 100; heard = 0")
+    page.wait_for("!source.first && document.querySelector('#state').className == 'live'")
+    assert page.run("source.url").endswith(f"-{view.log.stat().st_size}")
+    view.deliver(event(interviewCode="two"))
+    page.wait_for_rows(2)
+
+
+def test_a_page_that_is_sent_an_event_twice_shows_it_once(view, page):
+    view.deliver(event())
+    page.wait_for_rows(1)
+    page.run("source.close(); last = ''; connect()")
+    view.deliver(event())
+    page.wait_for_rows(2)
+    assert page.run("document.querySelectorAll('#rows li').length") == 2
+
+
+def test_a_page_hears_the_heartbeat(serve, browser):
+    server = serve(SKYPE_VIEW_PASSWORD=PASSWORD, limits={"HEARTBEAT_SECONDS": 0.3})
+    browser.open(server.port, PASSWORD)
+    earlier = browser.run("heard -= 1000")
+    browser.wait_for(f"heard > {earlier + 1000}")
+    browser.check(server.port)
+
+
+def test_a_page_says_that_its_receiver_has_gone(serve, browser):
+    server = serve(SKYPE_VIEW_PASSWORD=PASSWORD)
+    browser.open(server.port, PASSWORD)
+    assert server.stop() == 0
+    browser.wait_for("document.querySelector('#state').textContent == 'reconnecting'")
 
 
 # --- The sender ---
