@@ -5,6 +5,7 @@
     python3 skype_webhook.py demo                               try it, with nothing but this file
     python3 skype_webhook.py send URL                           sign and deliver a sample event
     python3 skype_webhook.py timeline                           each interview's stages in order, from the log
+    python3 skype_webhook.py fetch CODE...                      an interview's data, by its code
 
 The promise: 200 means that the event is on disk, once. The path of one request goes down once and
 back once:
@@ -43,6 +44,7 @@ import re
 import secrets
 import select
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -118,6 +120,8 @@ WRONG_PASSWORDS_IN_ALL = 1_000    # a minute from all networks that the right on
 KNOWN_NETWORKS = 1_000            # that the right one has come from
 ACCEPT_QUEUE = 1024               # connections the kernel keeps for us while we accept
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # what another connection's end mends
+FETCH_SECONDS = 30.0              # for one interview's data, up to its last byte
+FETCH_BYTES = 64 * 2**20          # of it; notes, feedback and code snapshots have far less
 
 
 # --- Errors: each knows its answer ---
@@ -641,10 +645,16 @@ def verify(authorization: str | None, body: bytes, credentials: Sequence[Credent
     return claims
 
 
-def sign(body: bytes, credential: Credential, now: float) -> str:
-    """Return the token of one delivery, as the service's getting-started page describes it: it lives ten seconds."""
-    claims = {"jti": str(uuid.uuid4()), "iss": credential.api_key, "sub": hashlib.sha256(body).hexdigest(),
+def sign(body: bytes | None, credential: Credential, now: float) -> str:
+    """Return the token of one request, as the service's getting-started page describes it.
+
+    It lives ten seconds. That of a request without a body (None) has no `sub`, as the service's
+    page "Retrieve interview data" says.
+    """
+    claims = {"jti": str(uuid.uuid4()), "iss": credential.api_key,
               "exp": int(now) + 10, "iat": int(now)}
+    if body is not None:
+        claims["sub"] = hashlib.sha256(body).hexdigest()
     signed = _base64url(b'{"alg":"HS256","typ":"JWT"}') + b"." + _base64url(json.dumps(claims).encode())
     return (signed + b"." + _signature(credential.api_secret, signed)).decode()
 
@@ -2883,6 +2893,56 @@ def notify(state: str) -> None:
             tell(f"warning: NOTIFY_SOCKET {path}: {error.strerror}; systemd was not told {state.partition(chr(10))[0]}")
 
 
+# --- HTTP clients: what the sender and fetch share ---
+
+
+def split_url(url: str) -> urllib.parse.SplitResult:
+    """Return the parts of an http or https URL; raise SettingsError."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_http = parts.scheme in ("https", "http") and re.fullmatch("[!-~]+", url)
+        if not is_http or not parts.hostname or parts.port == 0:
+            raise ValueError(url)
+    except ValueError:  # an odd port or address, too
+        raise SettingsError(f"{url} is not a URL like https://host:8443/") from None
+    return parts
+
+
+def client_context(ca: str | None, insecure: bool) -> ssl.SSLContext:
+    """Return the TLS context of a client; raise SettingsError.
+
+    It trusts the certificates in the file `ca` (None: the system's), or, `insecure`, any.
+    """
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except OSError as error:  # an SSLError too
+        reason = error.strerror or "there is no PEM certificate in it"
+        raise SettingsError(f"{ca}: {reason}") from None
+
+    if insecure:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def make_connection(
+    parts: urllib.parse.SplitResult, context: ssl.SSLContext
+) -> http.client.HTTPConnection:
+    """Return a connection to the host of a URL, which connects at its first request."""
+    host = parts.hostname or ""
+    if parts.scheme == "https":
+        return http.client.HTTPSConnection(host, parts.port, timeout=30, context=context)
+    return http.client.HTTPConnection(host, parts.port, timeout=30)
+
+
+def describe_trouble(error: Exception) -> str:
+    """Return why there was no answer, in words for an operator."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return (f"its certificate is not trusted here ({error.verify_message}); "
+                "name it by --ca cert.pem, or use --insecure")
+    return _why(error) or type(error).__name__
+
+
 # --- The sender: what Skype Interviews does, for trying things out ---
 
 
@@ -2899,16 +2959,13 @@ class Sender:
     """Delivers events to one URL over one kept connection."""
 
     def __init__(self, url: str, credential: Credential, context: ssl.SSLContext) -> None:
-        try:
-            parts = urllib.parse.urlsplit(url)
-            if parts.scheme not in ("https", "http") or not parts.hostname or parts.port == 0 or not re.fullmatch("[!-~]+", url):
-                raise ValueError(url)
-        except ValueError:  # an odd port or address, too
-            raise SettingsError(f"{url} is not a URL like https://host:8443/") from None
+        parts = split_url(url)
         self.target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         self.credential = credential
-        self.connection = (http.client.HTTPSConnection(parts.hostname, parts.port, timeout=30, context=context)
-                           if parts.scheme == "https" else http.client.HTTPConnection(parts.hostname, parts.port, timeout=30))
+        self.connection = make_connection(parts, context)
+
+    def close(self) -> None:
+        self.connection.close()
 
     def deliver(self, body: bytes) -> tuple[int, dict[str, Any]]:
         """Return the answer's status and JSON object; raise OSError or http.client.HTTPException."""
@@ -2951,22 +3008,18 @@ class Tally:
                 f"p50 {times[len(times) // 2]:.2f} ms, p99 {times[len(times) * 99 // 100]:.2f} ms{limit}")
 
 
-def _connect_trouble(error: Exception) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted here ({error.verify_message}); name it by --ca cert.pem, or use --insecure"
-    return f"{_why(error) or type(error).__name__}; is the receiver running there?"
-
-
 def deliver_turns(sender: Sender, turns: Iterator[int], body: Callable[[], bytes], tally: Tally) -> None:
-    """Deliver over one connection, until the `turns` that other threads take from too are used up."""
-    for _ in turns:
-        begun = time.perf_counter()
-        try:
-            status, answer = sender.deliver(body())
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            tally.fail(f"not delivered: {_connect_trouble(error)}")
-            return
-        tally.add(status, answer, (time.perf_counter() - begun) * 1000)
+    """Deliver over one connection until the `turns`, which other threads take too, are used up."""
+    with contextlib.closing(sender):
+        for _ in turns:
+            begun = time.perf_counter()
+            try:
+                status, answer = sender.deliver(body())
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                trouble = describe_trouble(error)
+                tally.fail(f"not delivered: {trouble}; is the receiver running there?")
+                return
+            tally.add(status, answer, (time.perf_counter() - begun) * 1000)
 
 
 def deliver_concurrently(senders: Sequence[Sender], count: int, body: Callable[[], bytes]) -> Tally:
@@ -2984,6 +3037,164 @@ def deliver_concurrently(senders: Sequence[Sender], count: int, body: Callable[[
     except KeyboardInterrupt:
         tally.fail("interrupted")
     return tally
+
+
+# --- Fetch: an interview's data, from the service ---
+
+FETCH_BASE = "https://interviews.skype.com/api/interviews"
+
+
+def time_left(deadline: float) -> float:
+    """Return the seconds until `deadline` (monotonic); raise TimeoutError where there are none."""
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError("timed out")
+    return seconds
+
+
+def connect_by(
+    deadline: float, parts: urllib.parse.SplitResult, context: ssl.SSLContext
+) -> socket.socket:
+    """Return a socket that is connected to the host of a URL; raise OSError.
+
+    Each address of the host has its share of the time: a silent one leaves the others theirs.
+    """
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+    addresses = [str(place[0]) for *_, place in found]
+    while True:
+        seconds = time_left(deadline) / len(addresses)
+        try:
+            sock = socket.create_connection((addresses.pop(0), port), seconds)
+            break
+        except OSError:
+            if not addresses:
+                raise
+
+    if parts.scheme == "http":
+        return sock
+    with sock:  # the TLS socket is another object
+        sock.settimeout(time_left(deadline))
+        return context.wrap_socket(sock, server_hostname=parts.hostname)
+
+
+class TimedReader(io.RawIOBase):
+    """What a peer sends until a deadline: the time left is the timeout of each read.
+
+    So a peer that drips bytes is not waited for any longer than one that sends none.
+    """
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        super().__init__()
+        self.sock = sock
+        self.deadline = deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self.sock.settimeout(time_left(self.deadline))
+        return self.sock.recv_into(buffer)
+
+
+class TimedAnswer(http.client.HTTPResponse):
+    """The answer to a GET, read until a deadline."""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        super().__init__(sock, method="GET")
+        self.fp = io.BufferedReader(TimedReader(sock, deadline))
+        self.begin()
+
+    def read_whole(self, limit: int) -> bytes:
+        """Return the content.
+
+        Raise ValueError if it has more than `limit` bytes, IncompleteRead if it was cut off.
+        """
+        content = bytearray()
+        while part := self.read(65_536):
+            content += part
+            if len(content) > limit:
+                raise ValueError(f"its answer is longer than {limit} bytes")
+        if self.length:  # what is missing of the announced length
+            raise http.client.IncompleteRead(b"", self.length)
+        return bytes(content)
+
+
+def describe_refusal(answer: http.client.HTTPResponse) -> str:
+    """Return status and reason of an answer that is not 200.
+
+    Nothing of its text, which could hold our token.
+    """
+    status = answer.status
+    text = f"{status} {_REASONS.get(status, '')}".rstrip()
+    if retry_after := answer.getheader("Retry-After"):
+        text += f", Retry-After: {retry_after[:40]}"
+
+    if 300 <= status < 400:
+        return f"{text} (a redirect, which is not followed; is --url right?)"
+    if status == 401:
+        return f"{text} (are key and secret right, and this machine's clock?)"
+    if status == 404:
+        return f"{text} (is the code right? New data can be 30 s late)"
+    return text
+
+
+def fetch_interview(
+    code: str, base: urllib.parse.SplitResult, credential: Credential, context: ssl.SSLContext
+) -> bytes:
+    """Return the service's data of one interview, JSON on one line.
+
+    Nothing is re-serialised: line breaks, which JSON only has between tokens, become spaces.
+    Raise ValueError for an answer without data, OSError or http.client.HTTPException for none.
+    """
+    if code in ("", ".", ".."):
+        raise ValueError("that is no interview code")
+    quoted = urllib.parse.quote(code.encode("utf-8", "surrogateescape"), safe="")
+    deadline = time.monotonic() + FETCH_SECONDS
+
+    with contextlib.closing(make_connection(base, context)) as connection:
+        connection.sock = connect_by(deadline, base, context)
+        connection.sock.settimeout(time_left(deadline))
+        connection.request("GET", f"{base.path.rstrip('/')}/{quoted}", headers={
+            "Authorization": f"Bearer {sign(None, credential, time.time())}",
+            "Content-Type": "application/json", "Connection": "close"})
+        answer = TimedAnswer(connection.sock, deadline)
+        if answer.status != 200:
+            raise ValueError(describe_refusal(answer))
+        content = answer.read_whole(FETCH_BYTES)
+
+    content = content.removeprefix(BYTE_ORDER_MARK)
+    try:
+        _decode_json(content, _JSON)
+    except ValueError as error:
+        raise ValueError(f"200, but its content {error}") from None
+    return content.translate(_LINE_BREAKS).strip()
+
+
+def describe_failure(error: Exception) -> str:
+    """Return why an interview's data could not be had; nothing of what the peer sent."""
+    if isinstance(error, (TimeoutError, socket.timeout)):
+        return f"no whole answer within {FETCH_SECONDS:.0f} s"
+    if isinstance(error, http.client.HTTPException):
+        return f"no whole HTTP answer ({type(error).__name__})"
+    return describe_trouble(error)
+
+
+def read_codes(words: Sequence[str]) -> Iterator[str]:
+    """Yield interview codes; for the word "-" those on stdin, a line each, as they come.
+
+    Ctrl-C ends the wait for them.
+    """
+    for word in words:
+        if word != "-":
+            yield word
+            continue
+        with open(0, "rb", closefd=False) as stdin:
+            try:
+                for line in stdin:
+                    yield line.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
+            except KeyboardInterrupt:
+                return
 
 
 # --- The timeline: the log in, each interview's course out ---
@@ -3256,59 +3467,104 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def make_certificate(folder: str) -> tuple[str, str]:
-    """Return the paths of a throw-away certificate for this machine and of its key; raise SettingsError."""
+    """Return the paths of a throw-away certificate for this machine and of its key.
+
+    Raise SettingsError.
+    """
     cert, key = os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem")
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "7",
-               "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", cert]
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+               "-nodes", "-days", "7", "-subj", "/CN=localhost",
+               "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", cert]
     try:
-        subprocess.run(command, check=True, capture_output=True)
+        # In a session of its own: a Ctrl-C is for us, and takes effect when the certificate is there.
+        subprocess.run(command, check=True, capture_output=True, start_new_session=True)
     except FileNotFoundError:
-        raise SettingsError("demo needs the openssl command to make a certificate, and there is none; install openssl") from None
+        raise SettingsError("demo needs the openssl command to make a certificate, "
+                            "and there is none; install openssl") from None
     except subprocess.CalledProcessError as error:
-        raise SettingsError(f"openssl could not make a certificate: {error.stderr.decode(errors='replace').strip()[-200:]}") from None
+        reason = error.stderr.decode(errors="replace").strip()[-200:]
+        raise SettingsError(f"openssl could not make a certificate: {reason}") from None
     return cert, key
 
 
 def show_delivery(url: str, credential: Credential, folder: str) -> None:
-    """Deliver the documented event, show the line that it left, and say how to go on."""
+    """Deliver the documented event, show the line that it left, and say how to go on.
+
+    Raise OSError, http.client.HTTPException, or ValueError where it was refused.
+    """
+    cert, log = os.path.join(folder, "cert.pem"), os.path.join(folder, "events.jsonl")
     body = sample_event("SchedulingTime", "1c519c56-1712-1e89-1c3e-743ecbedd117", time.time())
-    status, answer = Sender(url, credential, ssl.create_default_context(cafile=os.path.join(folder, "cert.pem"))).deliver(body)
-    line = pathlib.Path(folder, "events.jsonl").read_text("utf-8")
+    with contextlib.closing(Sender(url, credential, client_context(cert, False))) as sender:
+        status, answer = sender.deliver(body)
+    if status != 200:
+        raise ValueError(f"the sample event was refused: {status} {answer.get('detail', '')}")
+
+    line = pathlib.Path(log).read_text("utf-8")
+    another = shlex.join(["python3", os.path.abspath(sys.argv[0]), "send", url,
+                          "--env-file", os.path.join(folder, ".env"), "--ca", cert])
     print(f"delivered the documented sample event over HTTPS: {status} {answer.get('status')}\n"
-          f"its line in {folder}/events.jsonl:\n\n{line}\n"
-          f"1. deliver another:  python3 {sys.argv[0]} send {url} --env-file {folder}/.env --ca {folder}/cert.pem\n"
-          f"2. watch the log:    tail -F {folder}/events.jsonl\n"
-          f"3. end with Ctrl-C; then put your own key and secret into .env and run with --cert and --key (README.md)", flush=True)
+          f"its line in {log}:\n\n{line}\n"
+          f"1. deliver another:  {another}\n"
+          f"2. watch the log:    {shlex.join(['tail', '-F', log])}\n"
+          "3. end with Ctrl-C; then put your own key and secret into .env and run with "
+          "--cert and --key (README.md)", flush=True)
+
+
+def serve_demo(folder: str, port: int, signals: Signals) -> int:
+    """Serve from a folder, and deliver the documented event to it; return the exit code."""
+    cert, key = make_certificate(folder)
+    credential = Credential(str(uuid.uuid4()), secrets.token_urlsafe(32).encode())
+    settings = Settings(credential.api_key, credential.api_secret.decode(),
+                        view_password=secrets.token_urlsafe(16), tls_cert=cert, tls_key=key,
+                        host="127.0.0.1", port=port, log=os.path.join(folder, "events.jsonl"))
+    env_file = pathlib.Path(folder, ".env")
+    env_file.touch(0o600)
+    env_file.write_text(f"SKYPE_API_KEY={settings.api_key}\nSKYPE_API_SECRET={settings.api_secret}\n")
+
+    with open_journal(settings.log) as journal:
+        listeners = open_listeners(settings.host, settings.port)
+        receiver = Receiver(settings, journal, listeners, load_certificate(settings), signals)
+        receiver.on_hangup = signals.ask_to_stop  # its terminal was closed
+        address = f"127.0.0.1:{listeners[0].getsockname()[1]}"
+        failed = threading.Event()
+
+        def deliver() -> None:
+            try:
+                show_delivery(f"https://{address}/", credential, folder)
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                if not signals.stop:  # by which it was cut off
+                    tell(f"error: demo: {describe_trouble(error)}")
+                    failed.set()
+                    signals.ask_to_stop()
+
+        print(f"the live page, in a browser:  https://demo:{settings.view_password}@{address}/\n"
+              "(it warns of the certificate, which nobody vouches for)\n", flush=True)
+        delivery = threading.Thread(target=deliver)
+        delivery.start()
+        code = run(receiver)
+        delivery.join()
+        return 1 if failed.is_set() else code
 
 
 def demo(options: argparse.Namespace) -> int:
-    """Serve on loopback with a throw-away certificate and credentials, and deliver the documented event to it."""
-    folder = tempfile.mkdtemp(prefix="skype_webhook_demo.")
-    cert, key = make_certificate(folder)
-    credential = Credential(str(uuid.uuid4()), secrets.token_urlsafe(32).encode())
-    log = os.path.join(folder, "events.jsonl")
-    settings = Settings(credential.api_key, credential.api_secret.decode(), tls_cert=cert, tls_key=key, host="127.0.0.1",
-                        port=options.port, log=log)
-    pathlib.Path(folder, ".env").touch(0o600)
-    pathlib.Path(folder, ".env").write_text(f"SKYPE_API_KEY={credential.api_key}\nSKYPE_API_SECRET={credential.api_secret.decode()}\n")
-    with Signals() as signals, open_journal(log) as journal:
-        listeners = open_listeners(settings.host, settings.port)
-        receiver = Receiver(settings, journal, listeners, load_certificate(settings), signals)
-        url = f"https://localhost:{listeners[0].getsockname()[1]}/"
-        threading.Thread(target=show_delivery, args=(url, credential, folder), daemon=True).start()
-        return run(receiver)
+    """Try everything on loopback, with a certificate and credentials that are thrown away."""
+    with Signals() as signals:
+        folder = tempfile.mkdtemp(prefix="skype_webhook_demo.")
+        try:
+            return serve_demo(folder, options.port, signals)
+        finally:
+            shutil.rmtree(folder)
+            print(f"removed {folder}")
 
 
 def send(options: argparse.Namespace) -> int:
     """Sign and deliver sample events, or one from a file; return 0 if all were taken."""
     credential = load_settings(options).credentials[0]
+    context = client_context(options.ca, options.insecure)
     try:
-        context = ssl.create_default_context(cafile=options.ca)
         stored = pathlib.Path(options.file).read_bytes() if options.file else None
-    except OSError as error:  # an SSLError too
-        raise SettingsError(f"{error.filename or options.ca}: {error.strerror or 'there is no PEM certificate in it'}") from None
-    context.check_hostname = context.check_hostname and not options.insecure
-    context.verify_mode = ssl.CERT_NONE if options.insecure else ssl.CERT_REQUIRED
+    except OSError as error:
+        raise SettingsError(f"{options.file}: {error.strerror}") from None
 
     def body() -> bytes:
         return sample_event(options.stage, str(uuid.uuid4()), time.time()) if stored is None else stored
@@ -3323,6 +3579,30 @@ def send(options: argparse.Namespace) -> int:
     if tally.refused:
         print(f"error: {printable(tally.trouble.strip())}", file=sys.stderr)
     return 0 if len(tally.taken) == options.count else 1
+
+
+def fetch(options: argparse.Namespace) -> int:
+    """Print the data of each interview, a line each; return 0 if all of it could be had."""
+    base = split_url(options.url)
+    if base.query or base.fragment:
+        raise SettingsError(f"--url {options.url}: it has to end with its path; codes follow it")
+    credential = load_settings(options).credentials[0]
+    context = client_context(options.ca, options.insecure)
+
+    failed = 0
+    for code in read_codes(options.codes):
+        try:
+            line = fetch_interview(code, base, credential, context)
+        except KeyboardInterrupt:
+            print(printable(f"error: {code}: interrupted"), file=sys.stderr)
+            return 1
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            print(printable(f"error: {code}: {describe_failure(error)}"), file=sys.stderr)
+            failed += 1
+        else:
+            sys.stdout.buffer.write(line + b"\n")
+            sys.stdout.flush()
+    return 1 if failed else 0
 
 
 def read_log(path: str, only: str | None, rows: list[Row], skipped: Counter[str]) -> bool:
@@ -3395,7 +3675,8 @@ class Parser(argparse.ArgumentParser):
 COMMANDS = {"serve": (serve, "receive events (the default command)"),
             "demo": (demo, "try it: serve on loopback with throw-away credentials, and deliver a sample event"),
             "send": (send, "sign and deliver a sample event: is my set-up right?"),
-            "timeline": (timeline, "print each interview's stages in order, from the log")}
+            "timeline": (timeline, "print each interview's stages in order, from the log"),
+            "fetch": (fetch, "print interviews' data (notes, feedback, times), from the service")}
 
 
 def _make_parser(command: str) -> Parser:
@@ -3422,6 +3703,12 @@ def _make_parser(command: str) -> Parser:
         parser.add_argument("--file", metavar="FILE", help="deliver this body instead of a sample event")
         parser.add_argument("--count", metavar="N", type=_number(int, 1, 10**9), default=1, help="deliveries in all")
         parser.add_argument("--concurrency", metavar="C", type=_number(int, 1, 1000), default=1, help="connections at once")
+    if command == "fetch":
+        parser.add_argument("codes", metavar="CODE", nargs="+",
+                            help="an interviewCode; - reads them from stdin, one a line")
+        parser.add_argument("--url", metavar="BASE", default=FETCH_BASE,
+                            help=f"the URL without the code (default: {FETCH_BASE})")
+    if command in ("send", "fetch"):
         parser.add_argument("--ca", metavar="FILE", help="trust this certificate (PEM)")
         parser.add_argument("--insecure", action="store_true", help="trust any certificate")
     if command == "timeline":

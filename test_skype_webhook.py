@@ -318,6 +318,37 @@ def start(tmp_path):
     print((tmp_path / "programs").read_text("utf-8", "replace") if processes else "")
 
 
+class Command:
+    """A command in a process of its own that goes on; `start` is the fixture, `words` are its own."""
+
+    def __init__(self, start, folder, *words, program=PROGRAM, **environment):
+        self.out, self.err = (folder / f"{name}.{uuid.uuid4().hex}" for name in ("out", "err"))
+        with open(self.out, "wb") as out, open(self.err, "wb") as err:
+            self.process = start(*program, *words, cwd=folder, env={**CLEAN, **environment},
+                                 stdin=subprocess.PIPE, stdout=out, stderr=err)
+
+    def says(self, pattern):
+        """Return the match of a pattern in stdout, as soon as it is there."""
+        def found():
+            return re.search(pattern, self.out.read_text("utf-8"))
+
+        assert until(found), (pattern, self.out.read_text(), self.err.read_text())
+        return found()
+
+    def is_told(self, data):
+        self.process.stdin.write(data)
+        self.process.stdin.flush()
+
+    def ended(self, signal_number=None):
+        """End it by a signal, or by the end of stdin; return (exit code, stdout, stderr)."""
+        if signal_number:
+            self.process.send_signal(signal_number)
+        self.process.stdin.close()
+        code = self.process.wait(30)
+        assert "Traceback" not in self.err.read_text()
+        return code, self.out.read_text("utf-8"), self.err.read_text("utf-8")
+
+
 def gather(count, act):
     """Return `count` threads that do `act`."""
     threads = [threading.Thread(target=act, daemon=True) for _ in range(count)]
@@ -3630,16 +3661,431 @@ def test_what_a_hostile_receiver_answers_is_shown_escaped(tmp_path, code, answer
     assert ended == code and "\\x1b[2J" in "".join(said) and not re.search("[\x1b\u202e\r]", "".join(said)), said
 
 
-def test_demo_delivers_to_itself_and_ends_with_0(tmp_path):
-    demo = subprocess.Popen([*PROGRAM, "demo"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**CLEAN, "TMPDIR": str(tmp_path)})
-    said = [demo.stdout.readline() for _ in range(8)]
-    (folder,) = tmp_path.iterdir()
-    assert [path.stat().st_mode & 0o077 for path in (folder, folder / ".env", folder / "events.jsonl", folder / "key.pem")] == [0] * 4
-    demo.send_signal(signal.SIGINT)
-    _, err = demo.communicate(timeout=30)
-    assert "200 recorded" in said[0] and json.loads(said[3])["data"]["currentStage"]["value"] == "SchedulingTime"
-    assert demo.returncode == 0 and "1 recorded" in err and "Traceback" not in err
+PAGE_ADDRESS = r"\Athe live page, in a browser:  https://demo:([\w-]{20,})@127\.0\.0\.1:(\d+)/\n"
+REMOVED = r"\nremoved (.+)\n\Z"
+
+
+@pytest.fixture
+def demo(start, tmp_path):
+    """Return a function that starts `demo`; its folder is made in one whose name has a space."""
+    temporary = tmp_path / "a b"
+    temporary.mkdir()
+    (tmp_path / "sitecustomize.py").touch()
+
+    def start_demo(*flags, patch="", **environment):
+        """`patch` is Python that runs before the program."""
+        (tmp_path / "sitecustomize.py").write_text(patch)
+        return Command(start, tmp_path, "demo", *flags, **{
+            "TMPDIR": str(temporary), "PYTHONPATH": str(tmp_path), **environment})
+
+    start_demo.folders = lambda: list(temporary.iterdir())
+    return start_demo
+
+
+def test_demo_delivers_to_itself_and_ends_with_0(demo):
+    run = demo()
+    line = json.loads(run.says(r"200 recorded\nits line in .*\n\n(\{.*\})\n\n1\. ")[1])
+    assert line["data"]["currentStage"]["value"] == "SchedulingTime"
+    (folder,) = demo.folders()
+    names = ("", ".env", "events.jsonl", "key.pem")
+    assert [(folder / name).stat().st_mode & 0o077 for name in names] == [0] * 4
+    code, out, err = run.ended(signal.SIGINT)
+    assert (code, re.search(REMOVED, out)[1], demo.folders()) == (0, str(folder), [])
+    assert "1 recorded" in err
+
+
+def test_demo_says_first_where_its_page_is_and_its_password(demo):
+    run = demo()
+    password, port = run.says(PAGE_ADDRESS).groups()
+    run.port = int(port)
+    assert get(run, "/")[0] == 401
+    assert get(run, "/", basic(password))[0] == 200
+    code, _, err = run.ended(signal.SIGINT)
+    assert code == 0 and password not in err and "warning" not in err
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+@pytest.mark.parametrize("moment", ["while its certificate is made", "while it serves"])
+def test_demo_removes_its_folder_whatever_signal_ends_it(demo, name, moment):
+    run = demo()
+    if moment == "while it serves":
+        run.says("README.md")
+    assert until(demo.folders)
+    code, out, _ = run.ended(getattr(signal, name))
+    assert code == 0 and re.search(REMOVED, out) and demo.folders() == []
+
+
+def test_demo_on_a_port_that_is_taken_removes_its_folder(demo, shared):
+    code, out, err = demo("--port", str(shared.port)).ended()
+    assert (code, demo.folders()) == (2, [])
+    assert re.fullmatch(REMOVED, f"\n{out}") and "in use" in err
+
+
+def test_demo_without_openssl_removes_its_folder(demo, tmp_path):
+    code, out, err = demo(PATH=str(tmp_path)).ended()
+    assert (code, demo.folders()) == (2, [])
+    assert re.fullmatch(REMOVED, f"\n{out}") and "install openssl" in err
+
+
+NO_LOCALHOST = """
+import socket
+real = socket.getaddrinfo
+def resolve(host, *rest, **options):
+    if host == "localhost":
+        raise socket.gaierror(-2, "Name or service not known")
+    return real(host, *rest, **options)
+socket.getaddrinfo = resolve
+"""
+
+
+def test_demo_works_where_localhost_does_not_resolve(demo):
+    run = demo(patch=NO_LOCALHOST)
+    run.says("200 recorded")
+    assert run.ended(signal.SIGINT)[0] == 0
+
+
+NO_CONNECTION = """
+import socket
+def refuse(*_, **__):
+    raise ConnectionRefusedError(111, "Connection refused")
+socket.create_connection = refuse
+"""
+
+
+def test_a_demo_that_cannot_deliver_says_so_and_ends_with_1(demo):
+    code, out, err = demo(patch=NO_CONNECTION).ended()
+    assert code == 1 and "error: demo: Connection refused\n" in err
+    assert re.search(REMOVED, out) and demo.folders() == []
+
+
+def test_what_demo_prints_can_be_pasted_into_a_shell(demo):
+    run = demo()
+    send = run.says(r"1\. deliver another:  (.*)\n")[1]
+    tail = run.says(r"2\. watch the log:    (.*)\n")[1]
+    said = subprocess.run(["bash", "-c", send], capture_output=True, text=True, check=True, env=CLEAN)
+    assert said.stdout.startswith("recorded ")
+    said = subprocess.run(["bash", "-c", tail.replace("-F", "-n 2")], capture_output=True, check=True)
+    assert len(said.stdout.splitlines()) == 2
+    assert run.ended(signal.SIGINT)[0] == 0
+
+
+def test_demo_shows_in_a_browser_what_is_sent(demo, tmp_path):
+    with contextlib.closing(Browser(tmp_path / "browser")) as browser:
+        run = demo()
+        send = run.says(r"1\. deliver another:  (.*)\n")[1]
+        browser.call("Page.navigate", url=run.says(r"browser:  (\S+)")[1])
+        browser.wait_for("document.querySelectorAll('#rows tr').length == 1")
+        assert browser.run("document.body.innerText.includes('SchedulingTime')")
+        browser.run("window.notReloaded = true")
+        subprocess.run(["bash", "-c", send], check=True, env=CLEAN, stdout=subprocess.DEVNULL)
+        browser.wait_for("document.querySelectorAll('#rows tr').length == 2")
+        assert browser.run("window.notReloaded") is True
+        assert run.ended(signal.SIGINT)[0] == 0
+
+
+# --- Fetch ---
+
+
+def asks_for_data(authorization):
+    """Return whether this is a new token for interview data, as the service's pages have it."""
+    scheme, _, jwt = authorization.partition(" ")
+    header, payload, _ = (base64.urlsafe_b64decode(part + "==") for part in jwt.split("."))
+    claims = json.loads(payload)
+    return (scheme == "Bearer" and json.loads(header)["alg"] == "HS256"
+            and jws(header, payload) == jwt
+            and sorted(claims) == ["exp", "iat", "iss", "jti"] and claims["iss"] == KEY
+            and str(uuid.UUID(claims["jti"])) == claims["jti"]
+            and claims["exp"] == claims["iat"] + 10 and abs(claims["iat"] - time.time()) < 5)
+
+
+def reply(status, content=b"", **fields):
+    """Return an answer of `Service`; the name of each field has _ for -."""
+    def answer(handler):
+        handler.send_response(status)
+        for name, value in {"Content_Length": len(content), **fields}.items():
+            handler.send_header(name.replace("_", "-"), str(value))
+        handler.end_headers()
+        handler.wfile.write(content)
+
+    return answer
+
+
+def drip(content):
+    """Return an answer of `Service` that begins with `content` and then has a byte now and then."""
+    def answer(handler):
+        handler.wfile.write(content)
+        while not handler.server.over.wait(0.05):
+            handler.wfile.write(b" ")
+
+    return answer
+
+
+class Service(http.server.ThreadingHTTPServer):
+    """A stub of the service: `answers` by target, but 401 where the token is not right."""
+
+    daemon_threads = True
+
+    def __init__(self, certificate):
+        self.answers, self.asked, self.over = {}, [], threading.Event()
+        super().__init__(("127.0.0.1", 0), self.Handler)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*certificate)
+        self.socket = context.wrap_socket(self.socket, server_side=True)
+        self.url = f"https://localhost:{self.server_port}/api/interviews"
+        gather(1, self.serve_forever)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.server.asked.append(self.path)
+            answer = self.server.answers.get(self.path, reply(404))
+            if not asks_for_data(self.headers["Authorization"]):
+                answer = reply(401)
+            with contextlib.suppress(*CUT_OFF):
+                answer(self)
+
+        def log_message(self, *_):
+            pass
+
+    def handle_error(self, *_):  # of handshakes and peers that have gone
+        pass
+
+
+@pytest.fixture
+def service(certificate):
+    """The stub over TLS; `has` sets what it answers for a code."""
+    with Service(certificate) as stub:
+        stub.has = lambda code, answer: stub.answers.update({f"/api/interviews/{code}": answer})
+        yield stub
+        stub.over.set()
+        stub.shutdown()
+
+
+@pytest.fixture
+def fetch(service, certificate, tmp_path):
+    """Return a function that runs `fetch` on the stub."""
+    flags = ("--url", service.url, "--ca", certificate[0])
+    return lambda *words, **environment: run("fetch", *words, *flags, cwd=tmp_path,
+                                             **{**OURS, **environment})
+
+
+PRETTY = '{\r\n  "notes": "d\u00e9j\u00e0\\nvu \\ud83d\\ude00",\r"n": [1.0, 1e400],\n\t"n": 1\n}\n'
+ONE_LINE = '{    "notes": "d\u00e9j\u00e0\\nvu \\ud83d\\ude00", "n": [1.0, 1e400], \t"n": 1 }\n'
+
+
+def test_a_pretty_printed_answer_becomes_one_line_value_for_value(service, fetch):
+    service.has("x", reply(200, PRETTY.encode()))
+    code, out, err = fetch("x", https_proxy="http://127.0.0.1:9/", LC_ALL="C")
+    assert (code, err) == (0, "") and service.asked == ["/api/interviews/x"]
+    assert out == ONE_LINE
+
+
+@pytest.mark.parametrize(("answer", "line"), [
+    (b"\xef\xbb\xbf{}\r\n", "{}"), (b"[]", "[]"), (b'"x\\ud800"', '"x\\ud800"')])
+def test_an_answer_may_be_json_of_any_kind(service, fetch, answer, line):
+    service.has("x", reply(200, answer))
+    assert fetch("x") == (0, f"{line}\n", "")
+
+
+# Each row: what is answered for one of three codes, and what is said of it.
+@pytest.mark.parametrize(("answer", "said"), [
+    (reply(400), "400 Bad Request"),
+    (reply(404), "404 Not Found (is the code right? New data can be 30 s late)"),
+    (reply(429, Retry_After=7), "429 Too Many Requests, Retry-After: 7"),
+    (reply(503, Retry_After="\x1b[2J"), "503 Service Unavailable, Retry-After: \\x1b[2J"),
+    (reply(500, b"{}"), "500 Internal Server Error"),
+    (reply(299, b"{}"), "299"),
+    (reply(200), "200, but its content is empty"),
+    (reply(200, b"no"), "200, but its content is not JSON "
+                        "(Expecting value: line 1 column 1 (char 0))"),
+    (reply(200, b'{"n": NaN}'), "200, but its content holds NaN, which is not JSON"),
+    (reply(200, b'"\n"'), "200, but its content is not JSON "
+                          "(Invalid control character at: line 1 column 2 (char 1))"),
+    (reply(200, b"[" * 9999), "200, but its content is nested deeper than 64 containers"),
+    (reply(200, b"{}{}"), "200, but its content goes on behind its JSON value"),
+    (reply(200, b"{}", Content_Length=3), "no whole HTTP answer (IncompleteRead)"),
+    (lambda handler: None, "no whole HTTP answer (RemoteDisconnected)"),
+    (lambda handler: handler.wfile.write(b"\x1b[2J\r\n"), "no whole HTTP answer (BadStatusLine)")])
+def test_what_fails_is_said_and_the_others_are_fetched(service, fetch, answer, said):
+    service.has("a", reply(200, b"[1]"))
+    service.has("b", answer)
+    service.has("c", reply(200, b"[2]"))
+    assert fetch("a", "b", "c") == (1, "[1]\n[2]\n", f"error: b: {said}\n")
+
+
+@pytest.mark.parametrize("answer", [
+    lambda handler: handler.server.over.wait(), drip(b""), drip(b"HTTP/1.1 200 OK\r\n"),
+    drip(b"HTTP/1.1 200 OK\r\n\r\n{}"),
+    drip(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n1")])
+def test_an_answer_that_does_not_end_in_time_is_given_up(
+        service, certificate, tmp_path, monkeypatch, capfd, answer):
+    service.has("slow", answer)
+    service.has("good", reply(200, b"{}"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(sw, "FETCH_SECONDS", 1.0)
+    for name, value in OURS.items():
+        monkeypatch.setenv(name, value)
+    begun = time.monotonic()
+    assert sw.main(["fetch", "slow", "good", "--url", service.url, "--ca", certificate[0]]) == 1
+    assert 1 <= time.monotonic() - begun < 5
+    assert capfd.readouterr() == ("{}\n", "error: slow: no whole answer within 1 s\n")
+
+
+def test_a_handshake_that_does_not_end_in_time_is_given_up(monkeypatch):
+    monkeypatch.setattr(sw, "FETCH_SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        base = sw.split_url(f"https://localhost:{mute.getsockname()[1]}/")
+        with pytest.raises(OSError, match="timed out"):
+            sw.fetch_interview("x", base, CREDENTIAL, sw.client_context(None, True))
+
+
+def test_a_silent_address_leaves_the_others_their_time(service, monkeypatch):
+    service.has("x", reply(200, b"{}"))
+    found = [(0, 0, 0, "", (address, 0)) for address in ("127.0.0.2", "127.0.0.1")]
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(sw, "FETCH_SECONDS", 4.0)
+    with contextlib.ExitStack() as stack:
+        silent = stack.enter_context(socket.socket())
+        silent.bind(("127.0.0.2", service.server_port))
+        silent.listen(0)
+        for _ in range(4):  # its queue is full then
+            stack.enter_context(peer := socket.socket()).setblocking(False)
+            peer.connect_ex(silent.getsockname())
+        monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **options: (
+            found if host == "localhost" else resolve(host, *rest, **options)))
+        base, context = sw.split_url(service.url), sw.client_context(None, True)
+        assert sw.fetch_interview("x", base, CREDENTIAL, context) == b"{}"
+
+
+@pytest.mark.parametrize("head", [b"", b"Content-Length: 70000000\r\n"])
+def test_an_answer_that_is_too_long_is_not_read_to_its_end(service, fetch, head):
+    def answer(handler):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n")
+        for _ in range(70):
+            handler.wfile.write(b" " * 10**6)
+
+    service.has("x", answer)
+    assert fetch("x") == (1, "", "error: x: its answer is longer than 67108864 bytes\n")
+
+
+def test_a_redirect_is_not_followed_and_no_other_sees_the_token(service, fetch, certificate):
+    with Service(certificate) as other:
+        service.has("x", reply(302, Location=f"{other.url}/x"))
+        code, out, err = fetch("x")
+        assert (code, out, other.asked) == (1, "", []) and service.asked == ["/api/interviews/x"]
+        assert err == "error: x: 302 Found (a redirect, which is not followed; is --url right?)\n"
+        other.shutdown()
+
+
+def test_neither_secret_nor_token_is_told(service, fetch):
+    def echo(handler):
+        words = handler.headers["Authorization"]
+        handler.wfile.write(f"HTTP/1.1 401 {words}\r\nX: {words}\r\n\r\n{words}".encode())
+
+    said = "error: x: 401 Unauthorized (are key and secret right, and this machine's clock?)\n"
+    service.has("x", echo)
+    assert fetch("x") == (1, "", said)
+    service.has("x", reply(200))
+    assert fetch("x", SKYPE_API_SECRET="another") == (1, "", said)
+
+
+def test_a_certificate_that_is_not_trusted_gets_no_token(service, tmp_path):
+    service.has("x", reply(200, b"{}"))
+    words = ("fetch", "x", "--url", service.url)
+    code, out, err = run(*words, cwd=tmp_path, **OURS)
+    assert (code, out, service.asked) == (1, "", []) and "not trusted here" in err and "--ca" in err
+    assert run(*words, "--insecure", cwd=tmp_path, **OURS) == (0, "{}\n", "")
+
+
+@pytest.mark.parametrize(("code", "target"), [
+    ("../admin", "..%2Fadmin"), ("a/b?c#d%2e", "a%2Fb%3Fc%23d%252e"),
+    ("\u00e4 \u202e", "%C3%A4%20%E2%80%AE"), ("x\r\nHost: y", "x%0D%0AHost%3A%20y"),
+    ("...", "..."), ("~-_", "~-_")])
+def test_a_code_of_any_characters_is_one_path_segment(service, fetch, code, target):
+    service.has(target, reply(200, b"{}"))
+    assert fetch(code) == (0, "{}\n", "") and service.asked == [f"/api/interviews/{target}"]
+
+
+def test_what_is_no_code_is_refused_and_the_others_are_fetched(service, fetch):
+    service.has("x", reply(200, b"{}"))
+    code, out, err = fetch(".", "..", "", "x")
+    assert (code, out, service.asked) == (1, "{}\n", ["/api/interviews/x"])
+    assert err == "".join(f"error: {each}: that is no interview code\n" for each in (".", "..", ""))
+
+
+@pytest.fixture
+def fetching(service, certificate, start, tmp_path):
+    """`fetch -`, which waits for codes."""
+    words = ("fetch", "-", "--url", service.url, "--ca", certificate[0])
+    return Command(start, tmp_path, *words, PYTHONDEVMODE="1", **OURS)
+
+
+def test_codes_on_stdin_are_fetched_as_they_come(service, fetching):
+    for code, line in (("a", b"a\n"), ("b", b"b\r\n"), ("%C3%A4", b"\xc3\xa4\n")):
+        service.has(code, reply(200, b'{"is": "%b"}' % code.encode()))
+        fetching.is_told(line)
+        fetching.says(f'{{"is": "{code}"}}\n$')
+    assert fetching.ended()[::2] == (0, "")
+
+
+def test_the_last_code_on_stdin_needs_no_newline(service, fetching):
+    service.has("b", reply(200, b"{}"))
+    fetching.is_told(b"\n\x1b\xff\nb")
+    code, out, err = fetching.ended()
+    assert (code, out) == (1, "{}\n")
+    assert err.startswith("error: : that is no interview code\nerror: \\x1b\\udcff: 404 ")
+    assert service.asked == ["/api/interviews/%1B%FF", "/api/interviews/b"]
+
+
+def test_ctrl_c_ends_the_wait_for_codes_with_0(service, fetching):
+    service.has("a", reply(200, b"{}"))
+    fetching.is_told(b"a\n")
+    fetching.says("{}\n")
+    assert fetching.ended(signal.SIGINT) == (0, "{}\n", "")
+
+
+def test_ctrl_c_while_data_is_on_its_way_ends_with_1(service, fetching):
+    service.has("a", lambda handler: handler.server.over.wait())
+    fetching.is_told(b"a\n")
+    assert until(lambda: service.asked)
+    assert fetching.ended(signal.SIGINT) == (1, "", "error: a: interrupted\n")
+
+
+def test_no_client_leaves_a_socket_or_file_open(demo, fetching, service):
+    service.has("x", reply(200, b"{}"))
+    run = demo(PYTHONDEVMODE="1")
+    send = run.says(r"1\. deliver another:  (.*)\n")[1] + " --count 9 --concurrency 3"
+    sent = subprocess.run(["bash", "-c", send], capture_output=True, text=True, check=True,
+                          env={**CLEAN, "PYTHONDEVMODE": "1"})
+    fetching.is_told(b"x\n")
+    assert fetching.ended() == (0, "{}\n", "")
+    assert "ResourceWarning" not in sent.stderr + run.ended(signal.SIGINT)[2]
+
+
+def test_a_reader_that_has_gone_ends_fetch_with_1(service, certificate, tmp_path):
+    service.has("a", reply(200, b"{}"))
+    there, back = os.pipe()
+    os.close(there)
+    words = [*PROGRAM, "fetch", "a", "a", "--url", service.url, "--ca", certificate[0]]
+    done = subprocess.run(words, cwd=tmp_path, env={**CLEAN, **OURS}, stdout=back,
+                          stderr=subprocess.PIPE, text=True, timeout=30, check=False)
+    os.close(back)
+    assert (done.returncode, done.stderr) == (1, "error: fetch: Broken pipe\n")
+    assert len(service.asked) == 1
+
+
+def test_a_closed_stdin_has_no_codes(service, certificate, start):
+    words = [*PROGRAM, "fetch", "-", "--url", service.url, "--ca", certificate[0]]
+    closed = start("bash", "-c", 'exec "$@" <&-', "bash", *words, env={**CLEAN, **OURS})
+    assert closed.wait(30) == 0
+
+
+@pytest.mark.parametrize(("url", "said"), [
+    ("ftp://x/", "is not a URL"), ("https://x/?a=b", "has to end with its path"),
+    ("https://x/#a", "has to end with its path")])
+def test_a_base_that_codes_cannot_follow_is_refused(tmp_path, url, said):
+    code, out, err = run("fetch", "x", "--url", url, cwd=tmp_path, **OURS)
+    assert (code, out, err.count("\n")) == (2, "", 1) and said in err
 
 
 # --- The timeline ---
@@ -3981,6 +4427,59 @@ def test_every_setting_is_documented_and_the_placeholders_are_refused(tmp_path):
 # --- Operations: the README's configurations, run ---
 
 
+@pytest.fixture
+def shell(service, certificate, start, tmp_path):
+    """Return a function that runs a recipe as it stands; its `python3` fetches from the stub."""
+    for name in ("jq", "tail"):
+        program(name)
+    flags = f"--url {service.url} --ca {certificate[0]}"
+    scripts = {"python3": f'[ "$2" = fetch ] && set -- "$@" {flags}\nexec {sys.executable} "$@"',
+               "sleep": f"exec {program('sleep')} 0.1"}
+    for name, script in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o700)
+    shutil.copy(HERE / "skype_webhook.py", tmp_path)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    return lambda recipe: start("bash", "-c", recipe, cwd=tmp_path, start_new_session=True,
+                                env={**CLEAN, **OURS, "PATH": path})
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_feedback_is_fetched_as_soon_as_it_is_complete(serve, service, shell, tmp_path, waits):
+    recipe = readme("## Fetch interview data", 1)
+    if waits:
+        recipe = recipe.replace("python3", readme("## Fetch interview data", 2) + "python3")
+    service.has("a", reply(200, b'{"notes":\r\n"x"}'))
+    server, fetched = serve(), tmp_path / "interviews.jsonl"
+
+    def is_fetched():
+        """Deliver until the pipeline, which begins at the end of the log, is there to see it."""
+        for code, stage in (("b", "FeedbackCollecting"), ("a", "FeedbackCompleted")):
+            body = event(interviewCode=code, currentStage={"value": stage}, n=time.time())
+            assert server.deliver(body)[0] == 200
+        return fetched.exists() and fetched.read_text()
+
+    pipeline = shell(recipe)
+    try:
+        assert until(is_fetched)
+    finally:
+        os.killpg(pipeline.pid, signal.SIGKILL)
+    assert set(fetched.read_text().splitlines()) == {'{"notes":  "x"}'}
+    assert set(service.asked) == {"/api/interviews/a"}
+
+
+def test_all_interviews_of_a_log_can_be_fetched(service, shell, tmp_path):
+    stages = (("a", "FeedbackCompleted"), ("b", "InterviewStarted"), ("c", "FeedbackCompleted"))
+    with open(tmp_path / "events.jsonl", "wb") as log:
+        for code, stage in stages:
+            log.write(line_of(event(interviewCode=code, currentStage={"value": stage})))
+    service.has("c", reply(200, b"{}"))
+    recipe = readme("## Fetch interview data", 3)
+    assert shell(recipe).wait(30) == 1  # of "a" the service has nothing
+    assert (tmp_path / "interviews.jsonl").read_text() == "{}\n"
+    assert sorted(service.asked) == ["/api/interviews/a", "/api/interviews/c"]
+
+
 def test_the_systemd_units_are_sound_and_as_hard_as_said(tmp_path):
     analyze = program("systemd-analyze")
     units = [tmp_path / "skype-webhook.socket", tmp_path / "skype-webhook.service"]
@@ -3993,6 +4492,25 @@ def test_the_systemd_units_are_sound_and_as_hard_as_said(tmp_path):
         pytest.skip("this systemd-analyze cannot work offline")
     said = re.search(r"says ([\d.]+) SAFE", (HERE / "README.md").read_text("utf-8"))[1]
     assert float(re.search(r"exposure level for .*: ([\d.]+)", done.stdout)[1]) <= float(said) + 0.3  # other releases weigh differently
+
+
+def test_the_container_s_health_check_tells_the_log_s_state(serve, tmp_path):
+    dockerfile = readme("<b>Container</b>").replace("\\\n", "")
+    check = re.search(r"^HEALTHCHECK .* CMD (.*)$", dockerfile, re.MULTILINE)[1]
+    (tmp_path / "log").mkdir()
+    server = serve("--log", str(tmp_path / "log" / "events.jsonl"))
+
+    def is_healthy():
+        words = ["sh", "-c", check.replace("8443", str(server.port))]
+        proxy = {"https_proxy": "http://127.0.0.1:9/"}  # which Docker sets, where it has one
+        return subprocess.run(words, env={**CLEAN, **proxy}, timeout=30, check=False).returncode == 0
+
+    assert is_healthy()
+    (tmp_path / "log").rename(tmp_path / "gone")
+    assert server.deliver(event())[0] == 503 and not is_healthy()
+    (tmp_path / "log").mkdir()
+    assert is_healthy()
+    assert server.stop() == 0 and not is_healthy()
 
 
 def test_a_changed_secret_refuses_no_event(serve, tmp_path):
