@@ -1251,9 +1251,7 @@ class LogFile:
         while end > start:
             begin = max(start, (end - 1) // SEAL_BLOCK * SEAL_BLOCK)
             block = content[begin - start:end - start]
-            there = self._read(begin, len(block))
-            # The beginning of a block may be blank already: a write was short.
-            if len(there) == len(block) and block.endswith(there.lstrip(b" ")):
+            if self._read(begin, len(block)) == block:
                 self._editor.seek(begin)
                 if self._editor.write(b" " * len(block)) != len(block):
                     raise OSError(errno.EIO, "a torn line could not be blanked")

@@ -1207,7 +1207,7 @@ def test_a_file_of_blanks_and_a_torn_line_is_ours(log, content):
 
 def test_of_a_log_whose_end_is_blank_the_beginning_is_looked_at(log, monkeypatch):
     monkeypatch.setattr(sw, "RECENT_BYTES", 4096)
-    log.write_bytes(WHOLE_LINE + b" " * 5000 + b"\n")
+    log.write_bytes(WHOLE_LINE + b" " * 4000 + b"\n")  # of which the event's end is read back
     sw.Journal(log).close()
     log.write_bytes(b"x\n" + b" " * 5000 + b"\n")
     with pytest.raises(sw.JournalError, match="no log of this program"):
@@ -1257,6 +1257,22 @@ def test_what_others_wrote_over_a_refused_batch_stays(log, monkeypatch):
     assert blank_and_others == b" " * (4096 - len(first)) + others + b"\n"
 
 
+def test_a_log_that_is_replaced_while_it_is_opened_is_refused(log, monkeypatch):
+    real = os.open
+
+    def replace(path, flags, mode):
+        descriptor = real(path, flags, mode)
+        if flags & os.O_CREAT:
+            log.rename(log.with_suffix(".1"))
+            log.write_bytes(b"x")
+        return descriptor
+
+    monkeypatch.setattr(os, "open", replace)
+    with pytest.raises(sw.JournalError, match="replaced"):
+        sw.Journal(log)
+    assert log.read_bytes() == b"x"
+
+
 # Each row: what stands at the path, and what is said of it.
 @pytest.mark.parametrize(("kind", "said"), [
     ("folder", "it is a folder; a log is a regular file"),
@@ -1266,14 +1282,20 @@ def test_what_others_wrote_over_a_refused_batch_stays(log, monkeypatch):
     ("no folder", "No such file"),
 ])
 def test_what_cannot_be_a_log_is_named_and_refused(log, kind, said):
-    make = {"folder": log.mkdir, "pipe": lambda: os.mkfifo(log), "device": lambda: log.symlink_to("/dev/full"),
-            "archive": lambda: log.write_bytes(NOT_OURS["archive"]), "no folder": lambda: None}
+    make = {
+        "folder": log.mkdir,
+        "pipe": lambda: os.mkfifo(log),
+        "device": lambda: log.symlink_to("/dev/full"),
+        "archive": lambda: log.write_bytes(NOT_OURS["archive"]),
+        "no folder": lambda: None,
+    }
     make[kind]()
     with pytest.raises(sw.JournalError, match=said):
         sw.Journal(log / "x" if kind == "no folder" else log)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() or not shutil.which("mount"), reason="mounts a file")
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() or not shutil.which("mount"),
+                    reason="mounts a file")
 def test_a_mounted_log_that_was_removed_outside_takes_nothing(log):
     (outside := log.with_name("outside.jsonl")).touch()
     log.touch()
@@ -1715,6 +1737,16 @@ def test_a_write_that_fails_is_503_and_needs_no_restart(serve, call):
         assert peer.ask(HEALTH) == 200
     assert [server.outcome(refused) for _ in range(2)] == ["recorded", "duplicate"]
     assert len(server.ids()) == 2 and server.stop() == 0
+
+
+def test_a_rotated_log_whose_close_fails_holds_nothing_up(serve):
+    server = serve()
+    assert server.deliver(event())[0] == 200
+    server.log.rename(old := server.log.with_suffix(".1"))
+    with faulty(server, "close:error=EIO", old):
+        assert [server.deliver(event())[0] for _ in range(2)] == [200, 200]
+    assert server.deliver(event())[0] == 200
+    assert (len(ids_in(old)), len(server.ids()), server.stop()) == (1, 3, 0)
 
 
 @pytest.mark.parametrize("limits", [{"STORE_SECONDS": 1}, {"ANSWER_SECONDS": 1}], ids=str)
