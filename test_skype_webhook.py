@@ -36,6 +36,8 @@ import pytest
 
 import skype_webhook as sw
 
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+
 HERE = pathlib.Path(__file__).resolve().parent
 PROGRAM = [sys.executable, str(HERE / "skype_webhook.py")]
 KEY = "0ed0e01b-4f8f-93ee-45de-9695954a44a9"
@@ -357,27 +359,44 @@ def gather(count, act):
     return threads
 
 
+LATE = 10  # seconds; an answer that takes longer is none
+
+
+def outcome_of(port, body, secret):
+    """Deliver over a connection of its own; return "recorded" or "duplicate", or what came instead.
+
+    "cut" and "503" are what a restart may lead to; anything else is garbage.
+    """
+    try:
+        with Peer(port, timeout=LATE) as peer:
+            peer.send(post(body, authorization="Bearer " + token(body, secret=secret)))
+            status, _, content = peer.answer()
+            answer = json.loads(content) if status == 200 else {}
+    except OSError:
+        return "cut"
+    except Exception as error:
+        return repr(error)
+    if status in (0, 503):
+        return "503" if status else "cut"
+    return answer["status"] if answer.get("id") == sha256(body) else f"{status} {content!r}"
+
+
 @contextlib.contextmanager
 def delivering(port, threads=6, secret=lambda: SECRET, tries=1):
-    """Deliver new events, each over a connection of its own; yield the acknowledged ids, and what else was answered."""
+    """Deliver new events; yield the ids of those that were acknowledged, and what became of the others."""
     acknowledged, refused, over = [], [], threading.Event()
-
-    def deliver(body):
-        try:
-            with Peer(port) as peer:
-                peer.send(post(body, authorization="Bearer " + token(body, secret=secret())))
-                return peer.answer()[0]
-        except OSError as error:
-            return repr(error)
 
     def send():
         while not over.wait(0.01):
             body = event()
-            answers = [status := deliver(body)]
-            while status != 200 and len(answers) < tries:
+            outcomes = [outcome_of(port, body, secret())]
+            while len(outcomes) < tries and outcomes[-1] in ("cut", "503"):
                 over.wait(0.05)
-                answers.append(status := deliver(body))
-            acknowledged.append(sha256(body)) if status == 200 else refused.append(answers)
+                outcomes.append(outcome_of(port, body, secret()))
+            if outcomes[-1] in ("recorded", "duplicate"):
+                acknowledged.append(sha256(body))
+            else:
+                refused.append(outcomes)
 
     senders = gather(threads, send)
     try:
