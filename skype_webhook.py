@@ -1575,6 +1575,10 @@ def name_protocol(first: bytes) -> str | None:
     return None
 
 
+# Seconds and microseconds. 66 is SO_RCVTIMEO_NEW, of a 32-bit Linux with 64-bit times (Debian 13, Alpine).
+_TIMEVAL = "qq" if socket.SO_RCVTIMEO == 66 else "ll"
+
+
 class Connection:
     """An accepted socket, TLS over it, and its deadline.
 
@@ -1688,7 +1692,7 @@ class Connection:
             self.socket.settimeout(seconds)
         elif abs(self.timeouts.get(option, 0.0) - seconds) > seconds / 32:
             self.timeouts[option] = seconds
-            timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+            timeval = struct.pack(_TIMEVAL, int(seconds), int(seconds % 1 * 1e6))
             with contextlib.suppress(OSError):  # the peer has gone: the next call says so
                 self.socket.setsockopt(socket.SOL_SOCKET, option, timeval)
 
@@ -2680,6 +2684,7 @@ class Receiver(socketserver.BaseServer):
             accepted.close()
             return None
 
+        accepted.setblocking(True)  # on macOS it came as its listener is
         connection = Connection(accepted, address, idle_seconds(self.settings, proven=False))
         with self.changed:
             while len(self.connections) >= self.settings.max_connections:
@@ -3411,6 +3416,7 @@ def open_journal(path: str) -> Journal:
 def shortfalls() -> str:
     """Return what cannot be promised for want of something in this operating system, "" on a POSIX one."""
     wanted = ((fcntl, "no lock keeps a second receiver off this log: start none"),
+              (os.name == "posix", "the log cannot be renamed while it is open"),
               (hasattr(os, "O_DIRECTORY"), "a power cut can take a log that was just begun with it"),
               (hasattr(signal, "SIGHUP"), "changed secrets are read at a restart only"))
     return "; ".join([lack for there, lack in wanted if not there])
