@@ -2134,7 +2134,10 @@ def _open_log(path: str) -> io.FileIO | None:
 
 
 def _log_mark(file: io.FileIO) -> str:
-    """Return what a log is known by, whatever its name: its inode and its first event; "" before it has one."""
+    """Return what a log is known by, whatever its name; "" before it holds an event.
+
+    It is a hash of the file's inode and of how its first event begins, id included.
+    """
     file.seek(0)
     start = file.read(_ID.stop)
     if len(start) < _ID.stop:
@@ -2144,15 +2147,15 @@ def _log_mark(file: io.FileIO) -> str:
 
 
 class Tail:
-    """The log as a reader follows it: whole lines, each once, over rotation, truncation and removal.
+    """The log as a reader follows it: whole lines, each once, over rotation and truncation.
 
-    `file` is the one that is read, from `offset` on. The journal never writes to a file again once it
-    has written to the next. So as soon as another file at the path holds an event, it is opened
-    (`following`), the rest of `file` is all that there will be of it, and then `following` takes its
-    place. Until then, a missing or empty file at the path means nothing.
+    `file` is the one that is read, from `offset` on. The journal never writes to a file again once
+    it has written to the next. So as soon as another file at the path holds an event, it is opened
+    (`following`), what is left of `file` is all that there will be of it, and then `following`
+    takes its place. Until then, a missing or empty file at the path means nothing.
 
-    A file that begins with another event than before was truncated (copytruncate), and is read from
-    its start.
+    A file whose `mark` changes was truncated (copytruncate), and is read from its start. A file
+    without a mark holds no event, and is not read: its mark is still to come.
     """
 
     def __init__(self, path: str) -> None:
@@ -2168,7 +2171,7 @@ class Tail:
                 file.close()
 
     def event_id(self, offset: int) -> str:
-        """Return the stream's id of the event whose line ends at `offset`: it names file and place."""
+        """Return the stream's id of the event whose line ends at `offset`."""
         return f"{self.mark}-{offset}"
 
     def go_behind(self, event_id: str) -> None:
@@ -2180,7 +2183,7 @@ class Tail:
             self.offset = int(digits)
 
     def go_near_end(self) -> None:
-        """Begin with the first event of the last VIEW_BYTES bytes, of more if no event begins there."""
+        """Begin with the first event of the last VIEW_BYTES bytes, or of more if there is none."""
         size = self.file.seek(0, os.SEEK_END) if self.file else 0
         length = VIEW_BYTES
         while self.file and length < size:
@@ -2230,7 +2233,7 @@ class Tail:
 
     def _read(self) -> bytes:
         """Return the next whole lines of `file`."""
-        if not self.file:
+        if not self.file or not self.mark:
             return b""
         length = VIEW_BYTES
         while True:
@@ -2307,7 +2310,11 @@ def check_password(handler: Handler) -> None:
 
 
 HEARTBEAT = b"event: heartbeat\ndata: {}\n\n"  # no comment: a page's script does not hear those
-VIEW_FIELDS = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"))
+VIEW_FIELDS = (
+    ("Cache-Control", "no-store"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+)
 
 
 @contextlib.contextmanager
@@ -2410,8 +2417,10 @@ def show_events(handler: Handler) -> None:
 def show_page(handler: Handler) -> None:
     """GET /: the page."""
     check_password(handler)
-    page = PAGE.replace("{PATH}", handler.settings.path.replace("&", "&amp;"))  # it holds no <: see `_url_path`
-    handler.answer(200, page.encode(), "text/html; charset=utf-8", ("Content-Security-Policy", PAGE_POLICY), *VIEW_FIELDS)
+    path = handler.settings.path.replace("&", "&amp;")  # it holds no <: see `_url_path`
+    page = PAGE.replace("{PATH}", path).encode()
+    policy = ("Content-Security-Policy", PAGE_POLICY)
+    handler.answer(200, page, "text/html; charset=utf-8", policy, *VIEW_FIELDS)
 
 
 # --- The server: sockets, TLS, threads, deadlines ---
@@ -3202,11 +3211,12 @@ def read_codes(words: Sequence[str]) -> Iterator[str]:
 
 # --- The timeline: the log in, each interview's course out ---
 
-_COLOURS = {"Failed": "31", "Canceled": "90", "Archived": "90", "Completed": "32"}  # SGR, by how a stage's name ends
+# SGR, by how a stage's name ends
+_COLOURS = {"Failed": "31", "Canceled": "90", "Archived": "90", "Completed": "32"}
 
 StagePair = tuple[str, str]  # the names of previousStage and currentStage, "" where there is none
-# An event as a plain tuple: interview, time and recordedtime (in ticks since 1970), a hash of the id,
-# stages. Such tuples sort into courses by themselves, and a million of them take 300 MiB.
+# An event as a plain tuple: interview, time and recordedtime (in ticks since 1970), a hash of its
+# id, stages. Such tuples sort into courses by themselves, and a million of them take 300 MiB.
 Row = tuple[str, int, int, int, StagePair]
 
 
@@ -3232,15 +3242,17 @@ def check_log(path: str, may_be_missing: bool) -> None:
         open(path, "rb").close()
     except FileNotFoundError:
         if not may_be_missing:
-            raise SettingsError(f"{path}: there is no such file; name a log, or set SKYPE_LOG") from None
+            advice = "there is no such file; name a log, or set SKYPE_LOG"
+            raise SettingsError(f"{path}: {advice}") from None
     except PermissionError as error:
-        raise SettingsError(f"{path}: {_why(error)}; run this as the user that the receiver runs as") from None
+        advice = "run this as the user that the receiver runs as"
+        raise SettingsError(f"{path}: {_why(error)}; {advice}") from None
     except OSError as error:
         raise SettingsError(f"{path}: {_why(error)}") from None
 
 
 def open_to_read(path: str) -> BinaryIO:
-    """Open a log to read once: stdin for `-`, decompressed if its name ends in .gz. Raise OSError."""
+    """Open a log to read it once: `-` is stdin, and .gz is decompressed. Raise OSError."""
     if path == "-":
         return open(0, "rb", closefd=False)
     if path.endswith(".gz"):
@@ -3315,7 +3327,10 @@ def make_steps(rows: Iterable[Row]) -> list[Step]:
 
 
 def _clock(ticks: int, zone: timezone | None) -> str | None:
-    """Return a time in a zone (None: the reader's), to the second; None where the platform's calendar does not hold it."""
+    """Return a time in a zone (None: the reader's), to the second.
+
+    Return None where the platform's calendar does not hold it.
+    """
     try:
         return datetime.fromtimestamp(ticks // TICKS, zone).isoformat()[:19]
     except (ValueError, OverflowError, OSError):
@@ -3324,7 +3339,11 @@ def _clock(ticks: int, zone: timezone | None) -> str | None:
 
 def _duration(seconds: float) -> str:
     """Return a length of time by its largest unit and the next one."""
-    for size, unit, part, its_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+    for size, unit, part, its_unit in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
         if seconds >= size:
             rest = int(seconds % size // part)
             return f"{int(seconds // size)} {unit}" + (f" {rest} {its_unit}" if rest else "")
@@ -3332,7 +3351,7 @@ def _duration(seconds: float) -> str:
 
 
 def as_json(code: str, steps: Sequence[Step]) -> str:
-    """Return an interview as one JSON object: its present stage, and its events in their own order."""
+    """Return an interview as one JSON object: its present stage, and its events in order."""
     events = []
     present = None
     for step in steps:
@@ -3382,7 +3401,7 @@ def _coloured(line: str, step: Step) -> str:
 
 
 def show_courses(rows: list[Row], as_objects: bool) -> None:
-    """Print each interview's course, the one with the latest event at the end; `rows` are sorted."""
+    """Print each interview's course, the one with the latest event at the end; sort `rows`."""
     terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if terminal else None
     colours = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
@@ -3610,7 +3629,10 @@ def fetch(options: argparse.Namespace) -> int:
 
 
 def read_log(path: str, only: str | None, rows: list[Row], skipped: Counter[str]) -> bool:
-    """Add the events in a log to `rows`; return whether it could be read to its end, else say why not."""
+    """Add the events in a log to `rows`; return whether it could be read to its end.
+
+    What kept it from being read is said on stderr.
+    """
     try:
         with open_to_read(path) as file:
             rows.extend(parse_rows(file, only, skipped))
@@ -3630,7 +3652,10 @@ def read_tails(tails: Sequence[Tail], only: str | None, skipped: Counter[str]) -
 
 
 def timeline(options: argparse.Namespace) -> int:
-    """Print each interview's course; with --follow, again each one that changes. Raise SettingsError."""
+    """Print each interview's course; with --follow, again each one that changes.
+
+    Raise SettingsError.
+    """
     paths = options.files or [load_settings(options).log]
     followed = []
     for path in paths:
@@ -3716,7 +3741,8 @@ def _make_parser(command: str) -> Parser:
         parser.add_argument("--ca", metavar="FILE", help="trust this certificate (PEM)")
         parser.add_argument("--insecure", action="store_true", help="trust any certificate")
     if command == "timeline":
-        parser.add_argument("files", metavar="LOG", nargs="*", help="logs, merged by event id, also .gz and - for stdin (default: --log)")
+        parser.add_argument("files", metavar="LOG", nargs="*",
+                            help="logs, merged by event id, also .gz and - for stdin (default: --log)")
         parser.add_argument("--log", metavar="FILE", help="the log, where none is named (default: the setting)")
         parser.add_argument("--interview", metavar="CODE", help="this interview only")
         parser.add_argument("--json", action="store_true", help="one JSON object an interview, a line each")
@@ -4146,8 +4172,11 @@ def _hash_of(tag: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-PAGE_POLICY = (f"default-src 'none'; script-src {_hash_of('script')}; style-src {_hash_of('style')}; connect-src 'self'; img-src data:; "
-               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+PAGE_POLICY = (
+    f"default-src 'none'; script-src {_hash_of('script')}; style-src {_hash_of('style')}; "
+    "connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 if __name__ == "__main__":
