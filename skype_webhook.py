@@ -2959,12 +2959,19 @@ def describe_trouble(error: Exception) -> str:
 
 
 def sample_event(stage: str, interview: str, now: float) -> bytes:
-    """Return an event like the documented one, with another stage, interview and time (Unix seconds)."""
+    """Return an event like the documented one, of another stage, interview and time.
+
+    `now` is in Unix seconds.
+    """
     when = datetime.fromtimestamp(now, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%f")
-    metadata = "2000 - Pending interviewer time selection" if stage == "SchedulingTime" else STAGES.get(stage, "")
-    return json.dumps({"previousStage": {"value": "InterviewCreated", "metadata": "1 - Interview was created"},
-                       "currentStage": {"value": stage, "metadata": metadata},
-                       "event": "State", "timestamp": f"{when}0Z", "interviewCode": interview}).encode()
+    metadata = STAGES.get(stage, "")
+    if stage == "SchedulingTime":
+        metadata = "2000 - Pending interviewer time selection"
+    event = {
+        "previousStage": {"value": "InterviewCreated", "metadata": "1 - Interview was created"},
+        "currentStage": {"value": stage, "metadata": metadata},
+        "event": "State", "timestamp": f"{when}0Z", "interviewCode": interview}
+    return json.dumps(event).encode()
 
 
 class Sender:
@@ -2980,9 +2987,13 @@ class Sender:
         self.connection.close()
 
     def deliver(self, body: bytes) -> tuple[int, dict[str, Any]]:
-        """Return the answer's status and JSON object; raise OSError or http.client.HTTPException."""
-        self.connection.request("POST", self.target, body, {"Authorization": f"Bearer {sign(body, self.credential, time.time())}",
-                                                            "Content-Type": "application/json; charset=utf-8"})
+        """Return the answer's status and JSON object.
+
+        Raise OSError or http.client.HTTPException where there is none.
+        """
+        self.connection.request("POST", self.target, body, headers={
+            "Authorization": f"Bearer {sign(body, self.credential, time.time())}",
+            "Content-Type": "application/json; charset=utf-8"})
         answer = self.connection.getresponse()
         content = answer.read()
         try:
@@ -2992,13 +3003,13 @@ class Sender:
 
 
 class Tally:
-    """What became of many deliveries: milliseconds of each that was taken, the last answer, the last trouble."""
+    """What became of many deliveries."""
 
     def __init__(self) -> None:
-        self.taken: list[float] = []
+        self.taken: list[float] = []  # milliseconds that each took
         self.refused = 0
-        self.last: dict[str, Any] = {}
-        self.trouble = ""
+        self.last: dict[str, Any] = {}  # the answer to the last one that was taken
+        self.trouble = ""  # of the last one that was not
 
     def add(self, status: int, answer: dict[str, Any], milliseconds: float) -> None:
         if status == 200:
@@ -3012,15 +3023,22 @@ class Tally:
         self.trouble = trouble
 
     def describe(self, seconds: float, busy: float) -> str:
-        """Return rate and latency; `busy` is the CPU time that this process took, in seconds. Its threads share the interpreter
-        lock, and so do not keep a whole processor busy."""
+        """Return rate and latency, over `seconds` in which this process took `busy` s of CPU time.
+
+        Its threads share the interpreter lock, and so do not keep a whole processor busy.
+        """
         times = sorted(self.taken) or [math.nan]
-        limit = "; the sender itself was the limit, the receiver can take more" if busy > 0.6 * seconds else ""
-        return (f"{len(self.taken)} delivered, {self.refused} refused in {seconds:.2f} s: {len(self.taken) / seconds:.0f}/s, "
-                f"p50 {times[len(times) // 2]:.2f} ms, p99 {times[len(times) * 99 // 100]:.2f} ms{limit}")
+        p50, p99 = times[len(times) // 2], times[len(times) * 99 // 100]
+        text = (f"{len(self.taken)} delivered, {self.refused} refused in {seconds:.2f} s: "
+                f"{len(self.taken) / seconds:.0f}/s, p50 {p50:.2f} ms, p99 {p99:.2f} ms")
+        if busy > 0.6 * seconds:
+            text += "; the sender itself was the limit, the receiver can take more"
+        return text
 
 
-def deliver_turns(sender: Sender, turns: Iterator[int], body: Callable[[], bytes], tally: Tally) -> None:
+def deliver_turns(
+    sender: Sender, turns: Iterator[int], body: Callable[[], bytes], tally: Tally
+) -> None:
     """Deliver over one connection until the `turns`, which other threads take too, are used up."""
     with contextlib.closing(sender):
         for _ in turns:
@@ -3034,12 +3052,18 @@ def deliver_turns(sender: Sender, turns: Iterator[int], body: Callable[[], bytes
             tally.add(status, answer, (time.perf_counter() - begun) * 1000)
 
 
-def deliver_concurrently(senders: Sequence[Sender], count: int, body: Callable[[], bytes]) -> Tally:
-    """Deliver `count` events, each sender in a thread of its own, with a line of progress on a terminal."""
-    tally, turns = Tally(), iter(range(count))
-    threads = [threading.Thread(target=deliver_turns, args=(sender, turns, body, tally), daemon=True) for sender in senders]
-    for thread in threads:
-        thread.start()
+def deliver_concurrently(
+    senders: Sequence[Sender], count: int, body: Callable[[], bytes]
+) -> Tally:
+    """Deliver `count` events, each sender in a thread of its own; on a terminal, show progress."""
+    tally = Tally()
+    turns = iter(range(count))
+    threads = []
+    for sender in senders:
+        work = (sender, turns, body, tally)
+        threads.append(threading.Thread(target=deliver_turns, args=work, daemon=True))
+        threads[-1].start()
+
     try:
         for thread in threads:
             while thread.is_alive():
@@ -3193,20 +3217,14 @@ def describe_failure(error: Exception) -> str:
 
 
 def read_codes(words: Sequence[str]) -> Iterator[str]:
-    """Yield interview codes; for the word "-" those on stdin, a line each, as they come.
-
-    Ctrl-C ends the wait for them.
-    """
+    """Yield interview codes; for the word "-" those on stdin, a line each, as they come."""
     for word in words:
         if word != "-":
             yield word
             continue
         with open(0, "rb", closefd=False) as stdin:
-            try:
-                for line in stdin:
-                    yield line.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
-            except KeyboardInterrupt:
-                return
+            for line in stdin:
+                yield line.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
 
 
 # --- The timeline: the log in, each interview's course out ---
@@ -3590,15 +3608,20 @@ def send(options: argparse.Namespace) -> int:
         raise SettingsError(f"{options.file}: {error.strerror}") from None
 
     def body() -> bytes:
-        return sample_event(options.stage, str(uuid.uuid4()), time.time()) if stored is None else stored
+        if stored is not None:
+            return stored
+        return sample_event(options.stage, str(uuid.uuid4()), time.time())
 
-    senders = [Sender(options.url, credential, context) for _ in range(min(options.count, options.concurrency))]
+    senders = [Sender(options.url, credential, context)
+               for _ in range(min(options.count, options.concurrency))]
     begun, busy = time.perf_counter(), time.process_time()
     tally = deliver_concurrently(senders, options.count, body)
+
     if options.count > 1:
         print(tally.describe(time.perf_counter() - begun, time.process_time() - busy))
     elif tally.taken:
-        print(printable(f"{tally.last.get('status')} {tally.last.get('id')} in {tally.taken[0]:.1f} ms"))
+        outcome = f"{tally.last.get('status')} {tally.last.get('id')}"
+        print(printable(f"{outcome} in {tally.taken[0]:.1f} ms"))
     if tally.refused:
         print(f"error: {printable(tally.trouble.strip())}", file=sys.stderr)
     return 0 if len(tally.taken) == options.count else 1
@@ -3613,18 +3636,23 @@ def fetch(options: argparse.Namespace) -> int:
     context = client_context(options.ca, options.insecure)
 
     failed = 0
-    for code in read_codes(options.codes):
-        try:
-            line = fetch_interview(code, base, credential, context)
-        except KeyboardInterrupt:
-            print(printable(f"error: {code}: interrupted"), file=sys.stderr)
-            return 1
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            print(printable(f"error: {code}: {describe_failure(error)}"), file=sys.stderr)
+    under_way = None
+    try:
+        for code in read_codes(options.codes):
+            under_way = code
+            try:
+                line = fetch_interview(code, base, credential, context)
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                print(printable(f"error: {code}: {describe_failure(error)}"), file=sys.stderr)
+                failed += 1
+            else:
+                sys.stdout.buffer.write(line + b"\n")
+                sys.stdout.flush()
+            under_way = None
+    except KeyboardInterrupt:
+        if under_way is not None or "-" not in options.codes:  # else it waits for codes
+            print(printable(f"error: {under_way or 'fetch'}: interrupted"), file=sys.stderr)
             failed += 1
-        else:
-            sys.stdout.buffer.write(line + b"\n")
-            sys.stdout.flush()
     return 1 if failed else 0
 
 
@@ -3702,7 +3730,7 @@ class Parser(argparse.ArgumentParser):
 
 
 COMMANDS = {"serve": (serve, "receive events (the default command)"),
-            "demo": (demo, "try it: serve on loopback with throw-away credentials, and deliver a sample event"),
+            "demo": (demo, "try it on loopback: deliver a sample event, and see it in the browser"),
             "send": (send, "sign and deliver a sample event: is my set-up right?"),
             "timeline": (timeline, "print each interview's stages in order, from the log"),
             "fetch": (fetch, "print interviews' data (notes, feedback, times), from the service")}
@@ -3725,13 +3753,18 @@ def _make_parser(command: str) -> Parser:
         if field.metadata["flag"]:
             parser.add_argument(field.metadata["flag"], dest=field.name, help=field.metadata["help"], **field.metadata["argument"])
     if command == "demo":
-        parser.add_argument("--port", metavar="PORT", type=_number(int, 0, 65535), default=0, help="port to listen on (default: any)")
+        parser.add_argument("--port", metavar="PORT", type=_number(int, 0, 65535), default=0,
+                            help="port to listen on (default: any)")
     if command == "send":
         parser.add_argument("url", metavar="URL", help="for instance https://localhost:8443/")
-        parser.add_argument("--stage", metavar="NAME", default="SchedulingTime", help="currentStage, for instance " + ", ".join(STAGES))
-        parser.add_argument("--file", metavar="FILE", help="deliver this body instead of a sample event")
-        parser.add_argument("--count", metavar="N", type=_number(int, 1, 10**9), default=1, help="deliveries in all")
-        parser.add_argument("--concurrency", metavar="C", type=_number(int, 1, 1000), default=1, help="connections at once")
+        parser.add_argument("--stage", metavar="NAME", default="SchedulingTime",
+                            help="currentStage, for instance " + ", ".join(STAGES))
+        parser.add_argument("--file", metavar="FILE",
+                            help="deliver this body instead of a sample event")
+        parser.add_argument("--count", metavar="N", type=_number(int, 1, 10**9), default=1,
+                            help="deliveries in all")
+        parser.add_argument("--concurrency", metavar="C", type=_number(int, 1, 1000), default=1,
+                            help="connections at once")
     if command == "fetch":
         parser.add_argument("codes", metavar="CODE", nargs="+",
                             help="an interviewCode; - reads them from stdin, one a line")

@@ -3663,87 +3663,127 @@ def test_a_page_says_that_its_receiver_has_gone(serve, browser):
 # --- The sender ---
 
 
+def sent_to(port, *words, cwd, **environment):
+    """Run `send` to this port of ours; return (exit code, stdout, stderr)."""
+    url = f"https://localhost:{port}/"
+    return run("send", url, *words, cwd=cwd, **{**OURS, **environment})
+
+
 def test_send_delivers_and_says_what_became_of_it(serve, certificate, tmp_path):
     server = serve()
-    url = f"https://localhost:{server.port}/"
-    code, out, _ = run("send", url, "--ca", certificate[0], "--stage", "InterviewStarted", cwd=tmp_path, **OURS)
-    assert code == 0 and out.startswith("recorded ") and server.lines()[-1]["data"]["currentStage"]["value"] == "InterviewStarted"
-    (tmp_path / "event.json").write_bytes(body := event())
-    assert run("send", url, "--insecure", "--file", "event.json", cwd=tmp_path, **OURS)[0] == 0
-    assert server.ids()[-1] == sha256(body)
-    code, out, _ = run("send", url, "--insecure", "--count", 50, "--concurrency", 4, cwd=tmp_path, **OURS)
-    assert code == 0 and "50 delivered, 0 refused" in out and len(server.ids()) == 52
-    code, _, err = run("send", url, cwd=tmp_path, **OURS)
-    assert code == 1 and "--ca" in err
-    server.wait_for("TLS handshake failed: .*--cert the full chain")
-    code, _, err = run("send", url, "--insecure", cwd=tmp_path, **{**OURS, "SKYPE_API_SECRET": "other"})
-    assert code == 1 and "401" in err and "signature" in err
-    server.stop()
-    code, _, err = run("send", url, "--insecure", cwd=tmp_path, **OURS)
-    assert code == 1 and "refused" in err
+    words = ("--ca", certificate[0], "--stage", "InterviewStarted")
+    code, out, err = sent_to(server.port, *words, cwd=tmp_path)
+    (line,) = server.lines()
+    assert (code, err) == (0, "") and re.fullmatch(rf"recorded {line['id']} in .* ms\n", out)
+    assert line["data"]["currentStage"]["value"] == "InterviewStarted"
 
 
-def test_send_says_that_it_was_the_limit_itself_where_it_was(shared, certificate, tmp_path):
-    class Slow(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.rfile.read(int(self.headers["content-length"]))
-            time.sleep(0.05)  # what a disk takes
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_):
-            pass
-
-    def says_so(url, count):
-        code, out, _ = run("send", url, "--ca", certificate[0], "--count", count, "--concurrency", 8, cwd=tmp_path, **OURS)
-        assert code == 0 and f"{count} delivered" in out
-        return "the sender itself was the limit" in out
-
-    assert until(lambda: says_so(f"https://localhost:{shared.port}/", 800))  # in time, on a machine that others use, too
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow) as slow:
-        threading.Thread(target=slow.serve_forever, daemon=True).start()
-        assert not says_so(f"http://127.0.0.1:{slow.server_port}/", 100)
-        slow.shutdown()
+def test_send_delivers_a_file_as_it_is(serve, tmp_path):
+    server, body = serve(), event()
+    (tmp_path / "event.json").write_bytes(body)
+    for outcome in ("recorded", "duplicate"):
+        code, out, _ = sent_to(server.port, "--insecure", "--file", "event.json", cwd=tmp_path)
+        assert code == 0 and out.startswith(f"{outcome} {sha256(body)} in ")
+    assert server.ids() == [sha256(body)]
 
 
-def test_an_interrupted_send_says_what_was_delivered_and_does_not_end_with_0(serve, certificate):
+def test_send_delivers_many_and_says_how_fast(serve, tmp_path):
     server = serve()
-    words = [*PROGRAM, "send", f"https://localhost:{server.port}/", "--ca", certificate[0], "--count", "1000000"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**CLEAN, **OURS}) as sender:
-        assert until(lambda: server.log.read_bytes().count(b"\n") > 20)
-        sender.send_signal(signal.SIGINT)
-        out, err = sender.communicate(timeout=30)
-    assert sender.returncode == 1 and err == "error: interrupted\n" and 20 <= int(out.split()[0]) <= len(server.ids())
+    words = ("--insecure", "--count", 50, "--concurrency", 4)
+    code, out, _ = sent_to(server.port, *words, cwd=tmp_path)
+    assert code == 0 and out.startswith("50 delivered, 0 refused in ") and len(server.ids()) == 50
+
+
+def test_a_refused_send_says_why_and_ends_with_1(serve, tmp_path):
+    server = serve()
+    code, out, err = sent_to(server.port, cwd=tmp_path)
+    assert (code, out) == (1, "") and "--ca" in err
+    server.wait_for("TLS handshake failed: .*--cert the full chain")
+    code, out, err = sent_to(server.port, "--insecure", cwd=tmp_path, SKYPE_API_SECRET="other")
+    assert (code, out) == (1, "") and "401" in err and "signature" in err
+    server.stop()
+    code, out, err = sent_to(server.port, "--insecure", cwd=tmp_path)
+    assert (code, out) == (1, "") and "refused; is the receiver running there?" in err
+
+
+class SlowReceiver(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        time.sleep(0.05)  # what a disk takes
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize(("busy", "says_so"), [(0.7, True), (0.5, False)])
+def test_send_says_that_it_was_the_limit_where_it_was(busy, says_so):
+    tally = sw.Tally()
+    tally.add(200, {}, 1.0)
+    text = tally.describe(1.0, busy)
+    assert ("the sender itself was the limit" in text) == says_so
+    assert text.startswith("1 delivered, 0 refused in 1.00 s: 1/s, p50 1.00 ms, p99 1.00 ms")
+
+
+def test_send_is_not_the_limit_of_a_slow_receiver(tmp_path):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), SlowReceiver) as slow:
+        gather(1, slow.serve_forever)
+        url = f"http://127.0.0.1:{slow.server_port}/"
+        words = ("--count", 100, "--concurrency", 8)
+        code, out, _ = run("send", url, *words, cwd=tmp_path, **OURS)
+        slow.shutdown()
+    assert code == 0 and out.startswith("100 delivered") and "the limit" not in out
+
+
+def test_an_interrupted_send_says_what_was_delivered(serve, start, certificate, tmp_path):
+    server = serve()
+    words = (f"https://localhost:{server.port}/", "--ca", certificate[0], "--count", "1000000")
+    sender = Command(start, tmp_path, "send", *words, **OURS)
+    assert until(lambda: server.log.read_bytes().count(b"\n") > 20)
+    code, out, err = sender.ended(signal.SIGINT)
+    assert (code, err) == (1, "error: interrupted\n")
+    assert 20 <= int(out.split()[0]) <= len(server.ids())
 
 
 def test_an_env_file_as_windows_writes_it_is_read(shared, tmp_path):
-    (tmp_path / ".env").write_bytes(b'\xef\xbb\xbfSKYPE_API_KEY=%b\r\nSKYPE_API_SECRET="%b"\r\n' % (KEY.encode(), SECRET))
-    code, out, err = run("send", f"https://localhost:{shared.port}/", "--insecure", cwd=tmp_path)
+    lines = b'\xef\xbb\xbfSKYPE_API_KEY=%b\r\nSKYPE_API_SECRET="%b"\r\n'
+    (tmp_path / ".env").write_bytes(lines % (KEY.encode(), SECRET))
+    url = f"https://localhost:{shared.port}/"
+    code, out, err = run("send", url, "--insecure", cwd=tmp_path)
     assert code == 0 and out.startswith("recorded "), err
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("command", ["send", "timeline"])
-def test_a_stdout_that_is_full_ends_with_1_and_one_line(shared, certificate, tmp_path, command):
+@pytest.mark.parametrize("command", ["send", "timeline", "fetch"])
+def test_a_stdout_that_is_full_ends_with_1_and_one_line(shared, service, tmp_path, command):
     shared.deliver(event())
-    words = [*PROGRAM, command, *([f"https://localhost:{shared.port}/", "--ca", certificate[0]] if command == "send" else [shared.log])]
-    environment = {name: value for name, value in CLEAN.items() if name != "PYTHONUNBUFFERED"}  # which would let each print fail at once
+    service.has("x", reply(200, b"{}"))
+    words = {"send": (f"https://localhost:{shared.port}/", "--insecure"), "timeline": (shared.log,),
+             "fetch": ("x", "--url", service.url, "--insecure")}[command]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env={**environment, **OURS}, check=False)
+        done = subprocess.run([*PROGRAM, command, *words], stdout=full, stderr=subprocess.PIPE,
+                              text=True, cwd=tmp_path, check=False,
+                              env={**CLEAN, **OURS, "PYTHONUNBUFFERED": ""})  # or each print fails
     assert (done.returncode, done.stderr) == (1, f"error: {command}: No space left on device\n")
 
 
 @pytest.mark.parametrize(("url", "outcome"), [
-    ("https://localhost:99999/", 2), ("https://localhost:x/", 2), ("https://[::1/", 2), ("https://localhost/\xe4", 2), ("https://a b/", 2),
-    ("localhost:8443", 2), (f"https://{'a' * 64}.example/", 1), ("https://a..b/", 1)])
-def test_what_is_no_url_is_said_in_a_line_and_never_counts_as_delivered(tmp_path, url, outcome):
-    code, out, err = run("send", url, cwd=tmp_path, **OURS)
-    assert (code, out, err.count("\n")) == (outcome, "", 1) and err.startswith("error: ") and "fault" not in err
+    ("https://localhost:99999/", 2), ("https://localhost:x/", 2), ("https://[::1/", 2),
+    ("https://localhost/\xe4", 2), ("https://a b/", 2), ("localhost:8443", 2),
+    (f"https://{'a' * 64}.example/", 1), ("https://a..b/", 1)])
+@pytest.mark.parametrize("words", [("send",), ("fetch", "x", "--url")])
+def test_what_is_no_url_is_said_in_a_line(tmp_path, words, url, outcome):
+    code, out, err = run(*words, url, cwd=tmp_path, **OURS)
+    assert (code, out, err.count("\n")) == (outcome, "", 1)
+    assert err.startswith("error: ") and "fault" not in err
 
 
 @pytest.mark.parametrize(("code", "answer"), [
-    (1, b"\x1b[2J\r\n\r\n"), (1, b"HTTP/1.1 \x1b[2J\r\n\r\n"), (0, b'HTTP/1.1 200 OK\r\n\r\n{"id":"\\u001b[2J\\u202e"}'),
+    (1, b"\x1b[2J\r\n\r\n"),
+    (1, b"HTTP/1.1 \x1b[2J\r\n\r\n"),
+    (0, b'HTTP/1.1 200 OK\r\n\r\n{"id":"\\u001b[2J\\u202e"}'),
     (1, b'HTTP/1.1 400 No\r\n\r\n{"detail":"\\u001b[2J\\u202e"}')])
 def test_what_a_hostile_receiver_answers_is_shown_escaped(tmp_path, code, answer):
     def serve_once():
@@ -3756,8 +3796,10 @@ def test_what_a_hostile_receiver_answers_is_shown_escaped(tmp_path, code, answer
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         gather(1, serve_once)
-        ended, *said = run("send", f"http://127.0.0.1:{listener.getsockname()[1]}/", cwd=tmp_path, **OURS)
-    assert ended == code and "\\x1b[2J" in "".join(said) and not re.search("[\x1b\u202e\r]", "".join(said)), said
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        ended, *said = run("send", url, cwd=tmp_path, **OURS)
+    text = "".join(said)
+    assert ended == code and "\\x1b[2J" in text and not re.search("[\x1b\u202e\r]", text)
 
 
 PAGE_ADDRESS = r"\Athe live page, in a browser:  https://demo:([\w-]{20,})@127\.0\.0\.1:(\d+)/\n"
@@ -3861,10 +3903,9 @@ def test_what_demo_prints_can_be_pasted_into_a_shell(demo):
     run = demo()
     send = run.says(r"1\. deliver another:  (.*)\n")[1]
     tail = run.says(r"2\. watch the log:    (.*)\n")[1]
-    said = subprocess.run(["bash", "-c", send], capture_output=True, text=True, check=True, env=CLEAN)
-    assert said.stdout.startswith("recorded ")
-    said = subprocess.run(["bash", "-c", tail.replace("-F", "-n 2")], capture_output=True, check=True)
-    assert len(said.stdout.splitlines()) == 2
+    for words, pattern in ((send, r"recorded .*\n"), (tail.replace("-F", "-n 2"), r".*\n.*\n")):
+        said = subprocess.run(["bash", "-c", words], capture_output=True, check=True, env=CLEAN)
+        assert re.fullmatch(pattern, said.stdout.decode())
     assert run.ended(signal.SIGINT)[0] == 0
 
 
@@ -3913,8 +3954,9 @@ def drip(content):
     """Return an answer of `Service` that begins with `content` and then has a byte now and then."""
     def answer(handler):
         handler.wfile.write(content)
-        while not handler.server.over.wait(0.05):
-            handler.wfile.write(b" ")
+        for _ in range(200):  # for ten seconds
+            if not handler.server.over.wait(0.05):
+                handler.wfile.write(b" ")
 
     return answer
 
@@ -4012,7 +4054,7 @@ def test_what_fails_is_said_and_the_others_are_fetched(service, fetch, answer, s
 
 
 @pytest.mark.parametrize("answer", [
-    lambda handler: handler.server.over.wait(), drip(b""), drip(b"HTTP/1.1 200 OK\r\n"),
+    lambda handler: handler.server.over.wait(10), drip(b""), drip(b"HTTP/1.1 200 OK\r\n"),
     drip(b"HTTP/1.1 200 OK\r\n\r\n{}"),
     drip(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n1")])
 def test_an_answer_that_does_not_end_in_time_is_given_up(
@@ -4034,8 +4076,11 @@ def test_a_handshake_that_does_not_end_in_time_is_given_up(monkeypatch):
     monkeypatch.setattr(sw, "FETCH_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         base = sw.split_url(f"https://localhost:{mute.getsockname()[1]}/")
+        end = threading.Timer(10, mute.shutdown, [socket.SHUT_RDWR])
+        end.start()
         with pytest.raises(OSError, match="timed out"):
             sw.fetch_interview("x", base, CREDENTIAL, sw.client_context(None, True))
+        end.cancel()
 
 
 def test_a_silent_address_leaves_the_others_their_time(service, monkeypatch):
@@ -4116,7 +4161,8 @@ def test_what_is_no_code_is_refused_and_the_others_are_fetched(service, fetch):
 def fetching(service, certificate, start, tmp_path):
     """`fetch -`, which waits for codes."""
     words = ("fetch", "-", "--url", service.url, "--ca", certificate[0])
-    return Command(start, tmp_path, *words, PYTHONDEVMODE="1", **OURS)
+    return Command(start, tmp_path, *words, **{
+        **OURS, "PYTHONDEVMODE": "1", "PYTHONUNBUFFERED": ""})  # or each print is written at once
 
 
 def test_codes_on_stdin_are_fetched_as_they_come(service, fetching):
@@ -4136,11 +4182,12 @@ def test_the_last_code_on_stdin_needs_no_newline(service, fetching):
     assert service.asked == ["/api/interviews/%1B%FF", "/api/interviews/b"]
 
 
-def test_ctrl_c_ends_the_wait_for_codes_with_0(service, fetching):
+@pytest.mark.parametrize(("codes", "status"), [(b"a\n", 0), (b".\na\n", 1)])
+def test_ctrl_c_ends_the_wait_for_codes(service, fetching, codes, status):
     service.has("a", reply(200, b"{}"))
-    fetching.is_told(b"a\n")
+    fetching.is_told(codes)
     fetching.says("{}\n")
-    assert fetching.ended(signal.SIGINT) == (0, "{}\n", "")
+    assert fetching.ended(signal.SIGINT)[:2] == (status, "{}\n")
 
 
 def test_ctrl_c_while_data_is_on_its_way_ends_with_1(service, fetching):
