@@ -764,6 +764,42 @@ def test_every_verified_body_is_recorded_once(serve):
     assert server.ids() == [sha256(body) for body, _, _ in ODD_BODIES]
 
 
+# Each row: a reader, and what prints the subjects that it finds in the log at sys.argv[1].
+READERS = {
+    "pandas": "print(*pandas.read_json(sys.argv[1], lines=True).subject.dropna())",
+    "polars": "print(*polars.read_ndjson(sys.argv[1])['subject'].drop_nulls())",
+    "duckdb": "print(*duckdb.read_json(sys.argv[1]).filter('subject NOT NULL').df().subject)",
+    "cloudevents.core.formats.json":
+        "from cloudevents.core.v1.event import CloudEvent\n"
+        "read = cloudevents.core.formats.json.JSONFormat().read\n"
+        "events = [read(CloudEvent, line) for line in open(sys.argv[1], 'rb')]\n"
+        "print(*(event.get_subject() for event in events if event.get_subject()))",
+}
+
+
+@pytest.fixture(scope="module")
+def odd_log(tmp_path_factory):
+    """A log that holds every odd body between two documented events."""
+    path = tmp_path_factory.mktemp("odd") / "events.jsonl"
+    odd = [body for body, _, _ in ODD_BODIES] + [b'{"a":"\\ud800"}']
+    bodies = [event(interviewCode="first"), *odd, event(interviewCode="last")]
+    path.write_bytes(b"".join(line_of(body) for body in bodies))
+    return path
+
+
+def test_jq_reads_on_behind_odd_bodies(odd_log):
+    words = [program("jq"), "-r", ".subject | values", str(odd_log)]
+    assert subprocess.run(words, capture_output=True, check=True).stdout == b"first\nlast\n"
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_reader_reads_on_behind_odd_bodies(odd_log, reader):
+    pytest.importorskip(reader)
+    code = f"import sys, {reader}\n{READERS[reader]}"
+    words = [sys.executable, "-c", code, str(odd_log)]
+    assert subprocess.run(words, capture_output=True, check=True).stdout == b"first last\n"
+
+
 @pytest.mark.parametrize("piece", [
     b'\\"', b"[],", b"[", b'"[",', b'"",', b"\\\\", b"[" * 64 + b"]" * 64 + b","], ids=repr)
 def test_what_costs_most_to_look_through_takes_no_second(piece):
