@@ -103,7 +103,6 @@ STOP_GRACE = 1.0                  # the part of it in which senders may finish w
 CUT_SECONDS = 0.5                 # for connections that were cut to leave
 CLOSE_SECONDS = 2.0               # for the last batch after that
 LOOK_SECONDS = 2.0                # between two looks at the certificate's files
-CLOCK_HINT = 300.0                # seconds; a token this near its time was refused for a wrong clock
 READ_SIZE = 4 * 1024              # bytes a read; a delivery has about 1,000, and each waiting connection holds such a buffer
 READ_BACK = 2**20                 # bytes of the log read at once at start
 STDERR_SECONDS = 0.5              # for whoever reads stderr to take some of it
@@ -302,11 +301,13 @@ tell = REPORTER.tell
 
 
 def _number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], Any]:
-    form = r"[0-9]{1,12}" if kind is int else r"[0-9]{1,6}(?:\.[0-9]{1,6})?"  # the kinds themselves take 1_0, +5 and other digits
+    # The kinds themselves take 1_0, +5 and other digits.
+    form = r"[0-9]{1,12}" if kind is int else r"[0-9]{1,6}(?:\.[0-9]{1,6})?"
+    what = "a whole number" if kind is int else "a number"
 
     def parse(text: str) -> Any:
         if not re.fullmatch(form, text) or not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low} to {high}")
         return kind(text)
     return parse
 
@@ -325,108 +326,202 @@ def _url_path(text: str) -> str:
 
 def _setting(default: Any, parse: Callable[[str], Any], help: str, flag: str = "") -> Any:
     flag, _, metavar = flag.partition(" ")
-    argument = {"type": parse, "metavar": metavar} if metavar else {"action": "store_const", "const": True}
-    return dataclasses.field(default=default, repr=False, metadata={"parse": parse, "flag": flag, "help": help, "argument": argument})
+    argument = {"action": "store_const", "const": True}
+    if metavar:
+        argument = {"type": parse, "metavar": metavar}
+    metadata = {"parse": parse, "flag": flag, "help": help, "argument": argument}
+    return dataclasses.field(default=default, repr=False, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All settings; in the environment each is named SKYPE_ and its name here, and a secret can be in a file named by ..._FILE."""
+    """All settings. In the environment each is named SKYPE_ and its name here.
+
+    A secret can be in a file, too, which ..._FILE names.
+    """
 
     api_key: str = _setting("", str, "the API key of your API settings page (required)")
     api_secret: str = _setting("", str, "its secret (required)")
-    api_key_previous: str = _setting("", str, "the key before the present one, while it is still used")
-    api_secret_previous: str = _setting("", str, "the secret before the present one, while it is still used")
+    api_key_previous: str = _setting("", str, "the key before, while it is still used")
+    api_secret_previous: str = _setting("", str, "the secret before, while it is still used")
     view_password: str = _setting("", str, "password of the live view (default: no live view)")
     tls_cert: str = _setting("", str, "certificate, PEM, the full chain", "--cert FILE")
     tls_key: str = _setting("", str, "its private key, PEM, not encrypted", "--key FILE")
-    host: str = _setting("", str, "address to listen on (default: all, IPv4 and IPv6)", "--host ADDRESS")
-    port: int = _setting(8443, _number(int, 0, 65535), "port to listen on (default: 8443)", "--port PORT")
+    host: str = _setting("", str, "address to listen on (default: all, IPv4 and IPv6)",
+                         "--host ADDRESS")
+    port: int = _setting(8443, _number(int, 0, 65535), "port to listen on (default: 8443)",
+                         "--port PORT")
     path: str = _setting("/", _url_path, "path of the webhook URL (default: /)", "--path PATH")
-    log: str = _setting("events.jsonl", str, "the log, appended to (default: events.jsonl)", "--log FILE")
-    leeway: float = _setting(1.0, _number(float, 0, 3600), "seconds that two clocks may differ (default: 1)", "--leeway SECONDS")
-    max_body: int = _setting(2**20, _number(int, 1, 2**24), "longest body in bytes (default: 1 MiB, at most 16)", "--max-body BYTES")
-    max_connections: int = _setting(256, _number(int, 1, 10_000), "connections at once (default: 256)", "--max-connections N")
-    request_timeout: float = _setting(10.0, _number(float, 0.1, 3600), "seconds for a request (default: 10)", "--request-timeout SECONDS")
-    behind_proxy: bool = _setting(False, _boolean, "speak plain HTTP, to a proxy that ends TLS", "--behind-proxy")
+    log: str = _setting("events.jsonl", str, "the log, appended to (default: events.jsonl)",
+                        "--log FILE")
+    leeway: float = _setting(1.0, _number(float, 0, 3600),
+                             "seconds that two clocks may differ (default: 1)", "--leeway SECONDS")
+    max_body: int = _setting(2**20, _number(int, 1, 2**24),
+                             "longest body in bytes (default: 1 MiB, at most 16)",
+                             "--max-body BYTES")
+    max_connections: int = _setting(256, _number(int, 1, 10_000),
+                                    "connections at once (default: 256)", "--max-connections N")
+    request_timeout: float = _setting(10.0, _number(float, 0.1, 3600),
+                                      "seconds for a request (default: 10)",
+                                      "--request-timeout SECONDS")
+    behind_proxy: bool = _setting(False, _boolean, "speak plain HTTP, to a proxy that ends TLS",
+                                  "--behind-proxy")
 
     @cached_property
     def credentials(self) -> tuple[Credential, ...]:
-        """The credentials that a token may match, the present one first; raise SettingsError where one is missing or a placeholder."""
-        for name in ("api_key", "api_secret", "api_key_previous", "api_secret_previous"):
-            if getattr(self, name) in PLACEHOLDERS:
-                raise SettingsError(f"SKYPE_{name.upper()} is still the placeholder of example.env; paste yours from the API settings page")
-        for name in ("api_key", "api_secret"):
-            if not getattr(self, name):
-                raise SettingsError(f"SKYPE_{name.upper()} is not set; put it into .env (see example.env) or into the environment")
+        """The credentials that a token may match, the present one first; raise SettingsError."""
+        for name in CREDENTIALS:
+            if getattr(self, SETTINGS[name].name) in PLACEHOLDERS:
+                raise SettingsError(f"{name} is still the placeholder of example.env; "
+                                    "paste yours from the API settings page")
+        for name in CREDENTIALS[:2]:
+            if not getattr(self, SETTINGS[name].name):
+                raise SettingsError(f"{name} is not set; "
+                                    "put it into .env (see example.env) or into the environment")
         if self.api_key_previous and not self.api_secret_previous:
-            raise SettingsError("SKYPE_API_KEY_PREVIOUS is set without SKYPE_API_SECRET_PREVIOUS; set both, or the secret alone")
-        present = Credential(self.api_key, self.api_secret.encode("utf-8", "surrogateescape"))  # as the environment has it
+            raise SettingsError("SKYPE_API_KEY_PREVIOUS is set without SKYPE_API_SECRET_PREVIOUS; "
+                                "set both, or the secret alone")
+
+        # surrogateescape: a secret in the environment may be any bytes.
+        present = Credential(self.api_key, self.api_secret.encode("utf-8", "surrogateescape"))
         if not self.api_secret_previous:
             return (present,)
-        return present, Credential(self.api_key_previous or self.api_key, self.api_secret_previous.encode("utf-8", "surrogateescape"))
+        previous = Credential(self.api_key_previous or self.api_key,
+                              self.api_secret_previous.encode("utf-8", "surrogateescape"))
+        return present, previous
 
 
-SECRETS = ("SKYPE_API_SECRET", "SKYPE_API_SECRET_PREVIOUS")
 SETTINGS = {f"SKYPE_{field.name.upper()}": field for field in dataclasses.fields(Settings)}
+CREDENTIALS = ("SKYPE_API_KEY", "SKYPE_API_SECRET",
+               "SKYPE_API_KEY_PREVIOUS", "SKYPE_API_SECRET_PREVIOUS")
+SECRETS = ("SKYPE_API_SECRET", "SKYPE_API_SECRET_PREVIOUS")
 NAMES = {*SETTINGS, *(f"{name}_FILE" for name in SECRETS)}
-_ENV_LINE = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)=\s*(?:\"(.*)\"|'(.*)'|(.*?))\s*")
+_ENV_LINE = re.compile(  # quotes are taken off, as the shell and systemd do
+    r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(?:\"(.*)\"|'(.*)'|(.*?))\s*")
+# White space, byte order marks, and characters without a width: what copying adds, unseen.
+_UNSEEN = r"[\s\ufeff\u180e\u200b-\u200f\u2060-\u2064]+"
+_UNSEEN_ENDS = re.compile(rf"\A{_UNSEEN}|{_UNSEEN}\Z")
+
+
+def read_regular_file(path: str) -> bytes:
+    """Return what a regular file holds; raise OSError. A FIFO would keep us waiting for ever."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
+def _warn_if_others_can_read(path: str) -> None:
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        # What is root's and what we read by our group (0640) is well kept; of our own, the group
+        # has nothing to read.
+        others = stat.S_IROTH | (stat.S_IRGRP if status.st_uid == os.geteuid() else 0)
+        if status.st_mode & others:
+            tell(f"warning: {path} can be read by other users of this machine; chmod 600 {path}")
 
 
 def read_env_file(path: str | None) -> dict[str, str]:
-    """Return the settings in an env file; `None` means `.env`, if there is one. Raise SettingsError."""
+    """Return the settings in an env file; `None` means `.env`, if there is one.
+
+    Raise SettingsError; a `.env` that nobody named and that cannot be read is only warned about.
+    """
     name = path or ".env"
     try:
-        text, status = pathlib.Path(name).read_text("utf-8-sig"), os.stat(name)
-    except FileNotFoundError:
-        if path is None:
-            return {}
-        raise SettingsError(f"--env-file {path}: there is no such file") from None
-    except (OSError, UnicodeError) as error:
-        raise SettingsError(f"env file {name}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
-    # A file of root's that we read by our group (0640) is well kept; of our own, the group has nothing to read.
-    if os.name == "posix" and status.st_mode & (stat.S_IROTH | (stat.S_IRGRP if status.st_uid == os.geteuid() else 0)):
-        tell(f"warning: {name} can be read by other users of this machine; chmod 600 {name}")
+        text = read_regular_file(name).decode("utf-8-sig")
+    except UnicodeError:
+        raise SettingsError(f"env file {name}: it is not text in UTF-8; save it as that") from None
+    except OSError as error:
+        if path is not None:
+            raise SettingsError(f"--env-file {path}: {_why(error)}") from None
+        if not isinstance(error, FileNotFoundError):
+            tell(f"warning: .env: {_why(error)}; none of its settings is used")
+        return {}
+    if os.name == "posix":
+        _warn_if_others_can_read(name)
+
     values = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            match = _ENV_LINE.fullmatch(line)
-            if not match or "\0" in line:
-                raise SettingsError(f"{name} line {number} is not NAME=value{', it holds a NUL' if match else ''}")
-            values[match[1]] = match[2] or match[3] or match[4] or ""
-            if match[1].startswith("SKYPE_") and match[1] not in NAMES:
-                tell(f"warning: {name} line {number}: there is no setting {match[1]}")
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        match = _ENV_LINE.fullmatch(line)
+        if not match or "\0" in line:
+            raise SettingsError(f"{name} line {number} is not NAME=value"
+                                + (", for it holds a NUL" if match else ""))
+        values[match[1]] = match[2] or match[3] or match[4] or ""
+        if match[1].startswith("SKYPE_") and match[1] not in NAMES:
+            tell(f"warning: {name} line {number}: there is no setting {match[1]}")
     return values
 
 
-def _look_up(name: str, source: Mapping[str, str]) -> str:
-    """Return a setting's text from environment or env file, "" where it is not set; raise SettingsError."""
-    text, path = source.get(name, ""), source.get(f"{name}_FILE", "") if name in SECRETS else ""
-    if text and path:
-        raise SettingsError(f"{name} and {name}_FILE are both set; keep one")
-    if path:
-        try:
-            text = pathlib.Path(path).read_text("utf-8").rstrip("\r\n")
-        except (OSError, UnicodeError) as error:
-            raise SettingsError(f"{name}_FILE {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
-        if not text:
-            raise SettingsError(f"{name}_FILE {path}: it is empty")
+def _read_secret_file(name: str, path: str) -> str:
+    """Return the secret in the file that the setting `name` names; raise SettingsError.
+
+    The path is not told: people paste the secret itself there.
+    """
+    try:
+        text = read_regular_file(path).decode("utf-8")
+    except UnicodeError:
+        raise SettingsError(f"{name}: what is in the file is not UTF-8") from None
+    except OSError as error:
+        raise SettingsError(f"{name}: {_why(error)}; "
+                            "it has to name a file that holds the secret") from None
+    if not _UNSEEN_ENDS.sub("", text):
+        raise SettingsError(f"{name}: the file is empty")
     return text
 
 
+def _look_up(name: str, source: Mapping[str, str]) -> str:
+    """Return a setting's text from environment or env file, "" where it is not set.
+
+    Key and secret lose what cannot be seen at their ends. Raise SettingsError.
+    """
+    text = source.get(name, "")
+    path = source.get(f"{name}_FILE", "") if name in SECRETS else ""
+    if text and path:
+        raise SettingsError(f"{name} and {name}_FILE are both set; keep one")
+    if path:
+        text = _read_secret_file(f"{name}_FILE", path)
+    return _UNSEEN_ENDS.sub("", text) if name in CREDENTIALS else text
+
+
+def _warn_if_odd(name: str, text: str) -> None:
+    """Warn of a key or secret that is hardly meant as it stands; `send` would not show it."""
+    if text and text[0] == text[-1] and text[0] in "\"'":
+        tell(f"warning: {name} is in quotes, which count as part of it; take them off "
+             "(docker --env-file keeps them)")
+    elif re.search(r"\s#", text):
+        tell(f"warning: {name} holds a space and a #; if that begins a comment, give the comment "
+             "a line of its own, for here it counts as part of the value")
+    elif not text.isprintable():
+        tell(f"warning: {name} holds characters that cannot be seen; "
+             "copy it anew from the API settings page")
+
+
 def load_settings(options: argparse.Namespace) -> Settings:
-    """Return the settings: a flag wins over the environment, that over the env file; an empty text is not set. Raise SettingsError."""
+    """Return the settings; raise SettingsError.
+
+    A flag wins over the environment, that over the env file; an empty text is not set.
+    """
     env_file = read_env_file(options.env_file)
     values: dict[str, Any] = {}
     for name, field in SETTINGS.items():
         value = getattr(options, field.name, None)
         if value in (None, ""):  # no flag
+            text = _look_up(name, os.environ) or _look_up(name, env_file)
             try:
-                text = _look_up(name, os.environ) or _look_up(name, env_file)
                 value = field.metadata["parse"](text) if text else field.default
             except argparse.ArgumentTypeError as error:
                 raise SettingsError(f"{name} ({field.metadata['flag']}): {error}") from None
         values[field.name] = value
+
+    for name in CREDENTIALS:
+        _warn_if_odd(name, values[SETTINGS[name].name])
     return Settings(**values)
 
 
@@ -435,11 +530,13 @@ def load_serving(options: argparse.Namespace) -> Settings:
     settings = load_settings(options)
     if settings.behind_proxy:
         if settings.tls_cert or settings.tls_key:
-            raise SettingsError("--behind-proxy speaks plain HTTP; leave --cert and --key to the proxy")
+            raise SettingsError("--behind-proxy speaks plain HTTP; "
+                                "leave --cert and --key to the proxy")
         settings = dataclasses.replace(settings, host=settings.host or "127.0.0.1")
     elif not (settings.tls_cert and settings.tls_key):
         missing = "--key" if settings.tls_cert else "--cert"
-        raise SettingsError(f"{missing} is missing; HTTPS needs --cert and --key (or --behind-proxy; or try: demo)")
+        raise SettingsError(f"{missing} is missing; "
+                            "HTTPS needs --cert and --key (or --behind-proxy; or try: demo)")
     _ = settings.credentials  # here, so that a missing one ends the start
     return settings
 
@@ -525,7 +622,7 @@ def _decode_object(data: bytes, decoder: json.JSONDecoder,
 
 @dataclasses.dataclass(frozen=True)
 class Credential:
-    """What the service's API settings page shows: the key (a GUID, the token's issuer) and its secret."""
+    """What the service's API settings page shows: the key (a GUID, the issuer) and its secret."""
 
     api_key: str
     api_secret: bytes = dataclasses.field(repr=False)
@@ -540,7 +637,8 @@ _SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
 
 def _invalid_token(detail: str) -> Rejected:
     """Return the refusal of a token (RFC 6750 section 3); `detail` has no quote and no backslash."""
-    return Rejected(401, detail, ("WWW-Authenticate", f'Bearer error="invalid_token", error_description="{detail}"'))
+    challenge = f'Bearer error="invalid_token", error_description="{detail}"'
+    return Rejected(401, detail, ("WWW-Authenticate", challenge))
 
 
 def _base64url(data: bytes) -> bytes:
@@ -559,7 +657,8 @@ def _decode_segment(segment: bytes, name: str) -> dict[str, Any]:
             raise ValueError("not canonical base64url")
         return _decode_object(data, _UNIQUE_JSON)
     except ValueError:
-        raise _invalid_token(f"signature: the token's {name} is not a JSON object in base64url") from None
+        raise _invalid_token(
+            f"signature: the token's {name} is not a JSON object in base64url") from None
 
 
 @lru_cache(maxsize=16)  # every token of a sender has the same header; only signed ones come here
@@ -568,11 +667,15 @@ def _check_header(segment: bytes) -> None:
     if header.get("alg") != "HS256":
         raise _invalid_token("signature: the token's alg is not HS256")
     if "crit" in header:  # RFC 7515 section 4.1.11: not understood, so refused
-        raise _invalid_token("signature: the token has critical header parameters, and none is supported")
+        raise _invalid_token("signature: the token has critical header parameters (crit), "
+                             "and none is supported")
 
 
 def _numeric_date(claims: dict[str, Any], name: str) -> float:
-    """Return a NumericDate (RFC 7519 section 2) in Unix seconds; the vendor's .NET sample writes milliseconds as text."""
+    """Return a NumericDate (RFC 7519 section 2) in Unix seconds.
+
+    The vendor's .NET sample writes milliseconds, as text.
+    """
     value = claims.get(name)
     if isinstance(value, str) and _NUMBER.fullmatch(value):
         value = float(value)
@@ -591,15 +694,33 @@ def _check_time(claims: dict[str, Any], now: float, leeway: float) -> None:
     for name, by in outside.items():
         if not by < leeway:  # "not <": a NaN clock is refused too
             what = f"expired {by:.1f} s ago" if name == "exp" else f"begins in {by:.1f} s"
-            hint = "; check that the clocks of sender and receiver are right (NTP)" if by < CLOCK_HINT else ""
-            raise _invalid_token(f"time: the token {what} by its {name}, "
-                                 f"{by - leeway:.1f} s more than the leeway of {leeway:g} s allows{hint}")
+            raise _invalid_token(
+                f"time: the token {what} by its {name}, {by - leeway:.1f} s more than the leeway "
+                f"of {leeway:g} s allows; are the clocks of sender and receiver right (NTP)?")
 
 
-def verify_token(authorization: str | None, credentials: Sequence[Credential], now: float, leeway: float) -> dict[str, Any]:
+def _fold_key(key: object) -> str:
+    """Return an API key without what programs write differently: letters' case, and braces."""
+    return str(key).strip("{}").casefold()
+
+
+def _check_issuer(issuer: object, keys: Sequence[str]) -> None:
+    """Check 2: the token was issued for one of these API keys."""
+    if issuer in keys:
+        return
+    if _fold_key(issuer) in map(_fold_key, keys):
+        raise _invalid_token("issuer: the token's iss differs from the API key, but only in upper "
+                             "and lower case or in braces; write the key as the service does")
+    raise _invalid_token("issuer: the token's iss is not the API key; "
+                         "is it the one of the API settings page?")
+
+
+def verify_token(authorization: str | None, credentials: Sequence[Credential], now: float,
+                 leeway: float) -> dict[str, Any]:
     """Checks 1 to 3, for which no body is needed: return the claims, or raise Rejected(401)."""
     if authorization is None:
-        raise Rejected(401, "there is no Authorization field; a signed Bearer token is needed", ("WWW-Authenticate", "Bearer"))
+        raise Rejected(401, "there is no Authorization field; a signed Bearer token is needed",
+                       ("WWW-Authenticate", "Bearer"))
     scheme, _, token = authorization.partition(" ")
     token = token.lstrip(" ")
     if scheme.lower() != "bearer":
@@ -608,28 +729,32 @@ def verify_token(authorization: str | None, credentials: Sequence[Credential], n
         raise _invalid_token(f"signature: the token is longer than {TOKEN_LIMIT} bytes")
     if not _JWS.fullmatch(token):
         raise _invalid_token("signature: the token is not three base64url segments")
-    signed, _, signature = token.encode("ascii").rpartition(b".")
+
     # The encoded signatures are compared, as bytes: compare_digest raises on non-ASCII text.
-    signers = [credential for credential in credentials if credential.api_secret not in NO_SECRETS
-               and hmac.compare_digest(_signature(credential.api_secret, signed), signature)]
-    if not signers:
-        raise _invalid_token("signature: it does not match; is the API secret the one of the API settings page?")
+    signed, _, signature = token.encode("ascii").rpartition(b".")
+    keys = [credential.api_key for credential in credentials
+            if credential.api_secret not in NO_SECRETS
+            and hmac.compare_digest(_signature(credential.api_secret, signed), signature)]
+    if not keys:
+        raise _invalid_token("signature: it does not match; "
+                             "is the API secret the one of the API settings page?")
+
     header, _, payload = signed.partition(b".")
     _check_header(header)
     claims = _decode_segment(payload, "payload")
-    if claims.get("iss") not in [credential.api_key for credential in signers]:
-        raise _invalid_token("issuer: the token's iss is not the API key")
+    _check_issuer(claims.get("iss"), keys)
     _check_time(claims, now, leeway)
     return claims
 
 
 def verify_body(claims: dict[str, Any], body: bytes) -> str:
-    """Check 4: return the event's id, the body's SHA-256 in lower-case hex, or raise Rejected(401)."""
+    """Check 4: return the event's id, the body's SHA-256 in lower-case hex; raise Rejected(401)."""
     digest, subject = hashlib.sha256(body), claims.get("sub")
     if not isinstance(subject, str) or not _SHA256.fullmatch(subject):
         raise _invalid_token("body: the token's sub is not a SHA-256 in hex")
     if not hmac.compare_digest(bytes.fromhex(subject), digest.digest()):
-        raise _invalid_token(f"body: the SHA-256 of the {len(body)} bytes received is not the token's sub")
+        raise _invalid_token(f"body: the SHA-256 of the {len(body)} bytes received is not the "
+                             "token's sub; did something on the way (a proxy?) change the body?")
     return digest.hexdigest()
 
 
@@ -2428,20 +2553,28 @@ def show_page(handler: Handler) -> None:
 
 def _check_pem(flag: str, path: str, content: str) -> None:
     try:
-        text = pathlib.Path(path).read_text("latin-1")
+        text = read_regular_file(path).decode("latin-1")
+    except PermissionError as error:
+        raise SettingsError(f"{flag} {path}: {_why(error)}; "
+                            "the user that runs this program has to be able to read it") from None
     except OSError as error:
-        raise SettingsError(f"{flag} {path}: {error.strerror}") from None
+        raise SettingsError(f"{flag} {path}: {_why(error)}") from None
     if not re.search(f"-----BEGIN (?:[A-Z]+ )?{content.upper()}-----", text):
-        raise SettingsError(f"{flag} {path}: there is no PEM {content} in it")
+        raise SettingsError(f"{flag} {path}: there is no PEM {content} in it; "
+                            "openssl converts other formats (DER, PKCS#12)")
 
 
 def _refuse_password() -> str:
     """Called by OpenSSL for an encrypted key, in place of its question on the terminal."""
-    raise SettingsError("the key is encrypted; decrypt it (openssl pkey -in KEY -out NEW) and keep it readable by this user only")
+    raise SettingsError("the key is encrypted; decrypt it (openssl pkey -in KEY -out NEW) "
+                        "and let nobody but this program's user read it")
 
 
-def _doubts(context: ssl.SSLContext, cert: str) -> str:
-    """Return what even a peer that trusts this very certificate has against it (expired, not valid yet), "" if nothing."""
+X509_NOT_YET_VALID = 9  # X509_V_ERR_CERT_NOT_YET_VALID, in OpenSSL's x509_vfy.h
+
+
+def _warn_if_refused(context: ssl.SSLContext, cert: str) -> None:
+    """Warn if even a peer that trusts this very certificate refuses it for its time."""
     peer = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     peer.check_hostname = False
     peer.verify_flags |= 0x80000  # X509_V_FLAG_PARTIAL_CHAIN; it has a name in `ssl` from 3.10
@@ -2452,33 +2585,55 @@ def _doubts(context: ssl.SSLContext, cert: str) -> str:
         for end in ends * 3:  # turns enough for a whole handshake
             with contextlib.suppress(ssl.SSLWantReadError):
                 end.do_handshake()
-    except OSError as error:
-        return getattr(error, "verify_message", "")
-    return ""
+    except ssl.SSLCertVerificationError as error:
+        advice = "senders refuse it, so renew it"
+        if error.verify_code == X509_NOT_YET_VALID:
+            advice = "look at this machine's clock first; if that is right, senders refuse it"
+        tell(f"warning: --cert {cert}: {error.verify_message}; {advice}")
+    except OSError:
+        pass  # another doubt than these: senders decide for themselves
+
+
+_NO_PAIR = ("the first certificate in the file (that has to be your own, the chain follows it) "
+            "and the key do not belong together")
+_PAIR_TROUBLES = {  # by OpenSSL's reason
+    "KEY_VALUES_MISMATCH": _NO_PAIR,
+    "KEY_TYPE_MISMATCH": _NO_PAIR,
+    "NO_CERTIFICATE_ASSIGNED": _NO_PAIR,  # nor of one kind (RSA, EC)
+    "EE_KEY_TOO_SMALL": "the key is too small; make one with 2,048 bits (RSA) or P-256 (EC)",
+    "CA_MD_TOO_WEAK": "the certificate is signed by an outdated hash (SHA-1?); have it issued anew",
+}
 
 
 def load_context(cert: str, key: str) -> ssl.SSLContext:
-    """Return a new server context with this certificate chain and key (PEM files); raise SettingsError."""
+    """Return a new server context with this certificate chain and key (PEM files).
+
+    Raise SettingsError where senders could not be served by them.
+    """
     _check_pem("--cert", cert, "certificate")
     _check_pem("--key", key, "private key")
+
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20:ECDHE+AES:!SHA1")  # the last for .NET on Windows Server 2012 R2
-    context.num_tickets = 0  # two tickets cost 25 us, more than the signature that a resumption would save
+    # The last ones are for .NET on Windows Server 2012 R2.
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20:ECDHE+AES:!SHA1")
+    # Two tickets cost 25 us, more than the signature that a resumption would save.
+    context.num_tickets = 0
     # A peer that half-closes, or whose time is over, still gets its answer.
-    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION | getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0x80)
+    context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0x80)
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+
     try:
         context.load_cert_chain(cert, key, _refuse_password)
     except SettingsError as error:
         raise SettingsError(f"--key {key}: {error}") from None
     except ssl.SSLError as error:
-        trouble = ("they do not belong together" if error.reason == "KEY_VALUES_MISMATCH" else
-                   f"they cannot be used ({error.reason or 'broken PEM'}); is one of them cut short?")
+        trouble = _PAIR_TROUBLES.get(error.reason) or (
+            f"they cannot be used ({error.reason or 'broken PEM'}); is one of them cut short?")
         raise SettingsError(f"--cert {cert}, --key {key}: {trouble}") from None
     except OSError as error:  # removed since it was read
-        raise SettingsError(f"--cert {cert}, --key {key}: {error.strerror}") from None
-    if doubts := _doubts(context, cert):
-        tell(f"warning: --cert {cert}: {doubts}; senders refuse it, so renew it")
+        raise SettingsError(f"--cert {cert}, --key {key}: {_why(error)}") from None
+    _warn_if_refused(context, cert)
     return context
 
 
@@ -2856,37 +3011,82 @@ class Receiver(socketserver.BaseServer):
         return not self.connections
 
 
-def open_listeners(host: str, port: int) -> list[socket.socket]:
-    """Return listening sockets on `host`, or on all addresses of both families where it is empty; raise SettingsError."""
-    listeners: list[socket.socket] = []
+def _addresses(host: str, port: int) -> dict[tuple[Any, ...], int]:
+    """Return the addresses that `host` stands for, each with its family; raise SettingsError.
+
+    An empty one, * and :: are all addresses of both families.
+    """
+    if host in ("", "*", "::"):
+        return {("::", port): socket.AF_INET6, ("0.0.0.0", port): socket.AF_INET}
     try:
-        if not host and socket.has_dualstack_ipv6():
-            with contextlib.suppress(OSError):  # a kernel without IPv6; other troubles come up again below
-                return [socket.create_server(("", port), family=socket.AF_INET6, backlog=ACCEPT_QUEUE, dualstack_ipv6=True)]
-        for family, _, _, _, address in socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM):
-            chosen = listeners[0].getsockname()[1] if listeners else port  # of port 0 the kernel chooses one, once
-            listeners.append(socket.create_server((str(address[0]), chosen), family=family, backlog=ACCEPT_QUEUE))
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        for listener in listeners:
-            listener.close()
-        raise SettingsError(f"cannot listen on {host or '*'} port {port}: {_why(error)}; "
-                            "choose another --host or --port, or stop what uses it") from None
+        raise SettingsError(f"--host {host}: {_why(error)}; "
+                            "it has to be an address or a name of this machine") from None
+    return {address: family for family, _, _, _, address in found}
+
+
+def _listen_advice(number: int | None, port: int) -> str:
+    """Return what helps against an error number of bind(2) or listen(2)."""
+    if number in (errno.EACCES, errno.EPERM):
+        return ("ports below 1024 need a privilege: let systemd open it (the socket unit of the "
+                "README), add CAP_NET_BIND_SERVICE, or choose another --port")
+    if number == errno.EADDRINUSE:
+        return f"stop what listens there (ss -ltnp sport = :{port}), or choose another --port"
+    return "this machine has no such address; --host names those to listen on"
+
+
+def _host_port(address: Sequence[Any]) -> str:
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    return f"{host}:{address[1]}"
+
+
+def open_listeners(host: str, port: int) -> list[socket.socket]:
+    """Return listening sockets on all addresses of `host`; raise SettingsError where there is none.
+
+    A family, or an address, that cannot be had beside others is warned about.
+    """
+    listeners: list[socket.socket] = []
+    failures: list[str] = []
+    for (name, _, *scope), family in _addresses(host, port).items():
+        # Of port 0 the kernel chooses one, once.
+        address = (name, listeners[0].getsockname()[1] if listeners else port, *scope)
+        try:
+            listener = socket.create_server(address, family=family, backlog=ACCEPT_QUEUE)
+            listeners.append(listener)
+        except OSError as error:
+            why = os.strerror(error.errno) if error.errno else str(error)
+            failures.append(f"cannot listen on {_host_port(address)}: {why}; "
+                            + _listen_advice(error.errno, port))
+    if not listeners:
+        raise SettingsError(failures[-1])
+    for failure in failures:
+        tell(f"warning: {failure}")
     return listeners
 
 
 def take_listeners() -> list[socket.socket]:
-    """Return the listening sockets that systemd handed over (sd_listen_fds(3)), if any; raise SettingsError."""
+    """Return the listening sockets that systemd handed over (sd_listen_fds(3)), if any.
+
+    Raise SettingsError. Sockets that are meant for another process are warned about.
+    """
     pid, count = (os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS"))
-    if not count or pid != str(os.getpid()):
+    if not count:
         return []
+    if pid != str(os.getpid()):
+        tell(f"warning: LISTEN_FDS={count} is for process {pid or '(no LISTEN_PID)'}, and this is "
+             f"{os.getpid()}: its sockets are left alone, and senders wait there for nobody; "
+             "let a wrapper start this program by exec")
+        return []
+
     listeners = []
     try:
         if not re.fullmatch(r"[1-9][0-9]{0,2}", count):
             raise ValueError("it is not a count of sockets")
         for number in range(3, 3 + int(count)):
             listeners.append(socket.socket(fileno=number))
-            if (listeners[-1].family not in (socket.AF_INET, socket.AF_INET6)
-                    or not listeners[-1].getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
+            is_tcp = listeners[-1].family in (socket.AF_INET, socket.AF_INET6)
+            if not is_tcp or not listeners[-1].getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 raise ValueError(f"descriptor {number} is not a listening TCP socket")
             os.set_inheritable(number, False)
     except (OSError, ValueError) as error:
@@ -2894,15 +3094,30 @@ def take_listeners() -> list[socket.socket]:
     return listeners
 
 
+def listening_urls(listeners: Sequence[socket.socket], settings: Settings) -> str:
+    """Return the URLs that are served, one for each address; 0.0.0.0 for [::] of both families."""
+    scheme = "http" if settings.behind_proxy else "https"
+    addresses = []
+    for listener in listeners:
+        address = listener.getsockname()
+        addresses.append(address)
+        is_all = listener.family == socket.AF_INET6 and address[0] == "::"
+        if is_all and not listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+            addresses.append(("0.0.0.0", address[1]))
+    return ", ".join(f"{scheme}://{_host_port(address)}{settings.path}" for address in addresses)
+
+
 def notify(state: str) -> None:
     """Tell systemd how we are (sd_notify(3)), where it asked for that."""
     path = os.environ.get("NOTIFY_SOCKET", "")
-    if path:
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-                channel.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
-        except OSError as error:
-            tell(f"warning: NOTIFY_SOCKET {path}: {error.strerror}; systemd was not told {state.partition(chr(10))[0]}")
+    if not path:
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
+    except OSError as error:
+        first = state.partition("\n")[0]
+        tell(f"warning: NOTIFY_SOCKET {path}: {_why(error)}; systemd was not told {first}")
 
 
 # --- HTTP clients: what the sender and fetch share ---
@@ -3462,9 +3677,8 @@ def shortfalls() -> str:
 def run(receiver: Receiver) -> int:
     """Serve until a signal says stop; return the exit code."""
     settings, journal = receiver.settings, receiver.journal
-    scheme, address = "http" if settings.behind_proxy else "https", receiver.listeners[0].getsockname()
-    host = f"[{address[0]}]" if ":" in address[0] else address[0]
-    tell(f"listening on {scheme}://{host}:{address[1]}{settings.path}, log {os.path.abspath(settings.log)}")
+    urls = listening_urls(receiver.listeners, settings)
+    tell(f"listening on {urls}, log {os.path.abspath(settings.log)}")
     if lacks := shortfalls():
         tell(f"warning: on this system {lacks}")
 
@@ -3783,10 +3997,24 @@ def _make_parser(command: str) -> Parser:
     return parser
 
 
+def _parse_words(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
+    """Return the options. The value of an unknown flag is not told: it may be a secret."""
+    options, unknown = parser.parse_known_args(words)
+    for word in unknown:
+        if word.startswith("--"):
+            parser.error(f"there is no flag {word.partition('=')[0]}")
+        if word.startswith("-"):
+            parser.error(f"there is no flag {word[:2]}")
+    if unknown:
+        parser.error(f"{unknown[0]} has no meaning here; "
+                     f"a command ({', '.join(COMMANDS)}) is the first word")
+    return options
+
+
 def run_command(command: str, words: Sequence[str]) -> int:
     """Run one command; return its exit code. What it had to say on stderr is written by its end."""
     try:
-        return COMMANDS[command][0](_make_parser(command).parse_args(words))
+        return COMMANDS[command][0](_parse_words(_make_parser(command), words))
     finally:
         REPORTER.flush()
 
