@@ -4,7 +4,7 @@
     python3 skype_webhook.py --cert cert.pem --key key.pem      serve
     python3 skype_webhook.py demo                               try it, with nothing but this file
     python3 skype_webhook.py send URL                           sign and deliver a sample event
-    python3 skype_webhook.py timeline                           each interview's stages in order, from the log
+    python3 skype_webhook.py timeline                           each interview's stages in order
     python3 skype_webhook.py fetch CODE...                      an interview's data, by its code
 
 The promise: 200 means that the event is on disk, once. The path of one request goes down once and
@@ -14,9 +14,28 @@ back once:
       thread          Receiver: the deadline runs; TLS handshake
       head            Handler: strict framing, bounded; then the token (checks 1 to 3)
       body            Handler: read only now; then check 4
-      pure            parse_event -> format_line                or Rejected -> 4xx, from any of the above
-      disk            Journal.append: returns when durable      or JournalError -> 503
+      pure            parse_event -> format_line            or Rejected -> 4xx, from all above
+      disk            Journal.append: returns when durable  or JournalError -> 503
       answer          200; nothing answers 2xx before this line
+
+The sections, in the order in which they are met:
+
+    limits            sizes and times, each with its reason
+    errors            each knows its answer
+    operator's lines  stderr has one owner
+    settings          what can be set, in the environment or an env file
+    JSON              strict decoding; pure
+    verification      the four checks of a token; pure
+    events and lines  a verified body in, one line of the log out; pure
+    HTTP              heads and chunks; pure
+    journal           the log: batches, syncs, torn tails, rotation
+    connection        one connection's bytes, its deadline, its requests and answers
+    live view         the log as an event stream, its password
+    server            sockets, TLS, signals; places, threads, evictions, the stop
+    HTTP clients      send and fetch: the sender's side, for trying things out; interviews' data
+    timeline          each interview's course, from the log
+    command line      the commands and their arguments
+    page              the live view's page, one HTML literal
 """
 from __future__ import annotations
 
@@ -77,57 +96,73 @@ __version__ = "1.0"
 
 # --- Limits: each with its unit and its reason ---
 
-TOKEN_LIMIT = 8 * 1024            # bytes; the documented token has about 400
-TARGET_LIMIT = 8 * 1024           # bytes; what RFC 9112 section 3 recommends to support
-HEAD_LIMIT = 16 * 1024            # bytes, request line to the last CRLF: twice the longest token
-FIELD_LIMIT = 64                  # header fields; a proxy's additions included, a request has about ten
-CHUNK_LINE_LIMIT = 8 * 1024       # bytes; chunk extensions are dropped, so nobody needs more
-DEPTH_LIMIT = 64                  # JSON containers; the documented event has two
-SUBJECT_LIMIT = 1024              # characters; a GUID has 36, and it stands in its line twice
-TIME_LIMIT = 64                   # characters; the documented time has 28, twice in its line, too
-RECENT_IDS = 65_536               # ids remembered: 5,400 a second for the 12 s that a token is taken, leeways included
-RECENT_BYTES = 64 * 2**20         # bytes read back at start, whatever the size of the log
-BACKLOG_BYTES = 32 * 2**20        # bytes that may wait for a stalled disk: one batch, which a start may have to read back whole
-STORE_SECONDS = 20.0              # the sender waits 30 s for its answer
-ANSWER_SECONDS = 28.0             # from a request's first byte: a slow one leaves less than STORE_SECONDS to its event
-CHECK_SECONDS = 2.0               # a load balancer gives its check less time than a sender its event
-DRAIN_SECONDS = 3.0               # how long a refused peer may go on sending before it is cut off
-DRAIN_BYTES = 8 * 2**20           # and how much
-DRAIN_READ = 64 * 1024            # bytes a read of those: with 4 KiB, 256 such peers made good ones wait for seconds
-IDLE_SECONDS = 150.0              # between requests of a proven sender: senders and proxies keep connections for 60 to 120 s
-FRUITLESS_ANSWERS = 8             # in a row, none of which recorded an event or found it recorded; then the connection ends
-KEY_UPDATE_BYTES = 8 * 27         # eight key updates of TLS 1.3, as AES-GCM and ChaCha20 send them
-LARGE_BODY = 32 * 1024            # bytes; larger ones are parsed one at a time. The documented event has 300
-STOP_SECONDS = 10.0               # for answers after SIGTERM; the exit is due within 15 s
-STOP_GRACE = 1.0                  # the part of it in which senders may finish what they have begun
-CUT_SECONDS = 0.5                 # for connections that were cut to leave
-CLOSE_SECONDS = 2.0               # for the last batch after that
-LOOK_SECONDS = 2.0                # between two looks at the certificate's files
-READ_SIZE = 4 * 1024              # bytes a read; a delivery has about 1,000, and each waiting connection holds such a buffer
-READ_BACK = 2**20                 # bytes of the log read at once at start
-STDERR_SECONDS = 0.5              # for whoever reads stderr to take some of it
-REPORT_PAUSE = 0.02               # seconds; lines of deliveries wait this long for others
-REPORT_LIMIT = 10_000             # lines kept for a stderr that does not take them
-REFUSALS_TOLD = 100               # lines a second; one peer could fill a disk with them
-COMPLAINT_SECONDS = 10.0          # between two lines of the same complaint
-VIEWERS = 16                      # live views at once, besides the connections: people, not senders
-VIEW_BYTES = 2**20                # of the log that a new viewer gets: some 1,600 events
-VIEW_PAUSE = 0.2                  # seconds between two looks of a viewer, however many events come
-HEARTBEAT_SECONDS = 15.0          # between two on an event stream; proxies close a silent one after 60
-WRONG_PASSWORDS = 30              # a minute from one network; the next attempts are not even looked at
-WRONG_PASSWORDS_IN_ALL = 1_000    # a minute from all networks that the right one has not come from
-KNOWN_NETWORKS = 1_000            # that the right one has come from
-ACCEPT_QUEUE = 1024               # connections the kernel keeps for us while we accept
-SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # what another connection's end mends
-FETCH_SECONDS = 30.0              # for one interview's data, up to its last byte
-FETCH_BYTES = 64 * 2**20          # of it; notes, feedback and code snapshots have far less
+# Of a request.
+TOKEN_LIMIT = 8 * 1024        # bytes; the documented token has about 400
+TARGET_LIMIT = 8 * 1024       # bytes; what RFC 9112 section 3 recommends to support
+HEAD_LIMIT = 16 * 1024        # bytes, request line to the last CRLF: twice the longest token
+FIELD_LIMIT = 64              # header fields; a request has about ten, a proxy's among them
+CHUNK_LINE_LIMIT = 8 * 1024   # bytes; chunk extensions are dropped, so nobody needs more
+DEPTH_LIMIT = 64              # JSON containers; the documented event has two
+SUBJECT_LIMIT = 1024          # characters; a GUID has 36, and it stands in its line twice
+TIME_LIMIT = 64               # characters; the documented time has 28, twice in its line, too
+LARGE_BODY = 32 * 1024        # bytes; larger ones are parsed one at a time. An event has about 300
+
+# Of the journal.
+RECENT_IDS = 65_536           # ids remembered: 5,400 a second while a token lives, leeways included
+RECENT_BYTES = 64 * 2**20     # bytes read back at start, whatever the size of the log
+READ_BACK = 2**20             # bytes of those read at once
+BACKLOG_BYTES = 32 * 2**20    # bytes that wait for a stalled disk: a batch that can be read back
+STORE_SECONDS = 20.0          # the sender waits 30 s for its answer
+ANSWER_SECONDS = 28.0         # from a request's first byte: what a slow one took is missing here
+CHECK_SECONDS = 2.0           # a load balancer gives its check less time than a sender its event
+
+# Of a connection.
+READ_SIZE = 4 * 1024          # bytes a read, and a connection's buffer; a delivery has about 1,000
+IDLE_SECONDS = 150.0          # of a proven sender; clients and proxies keep connections up to 120
+FRUITLESS_ANSWERS = 8         # in a row without an event; then the connection ends
+KEY_UPDATE_BYTES = 8 * 27     # eight key updates of TLS 1.3, as AES-GCM and ChaCha20 send them
+DRAIN_SECONDS = 3.0           # how long a refused peer may go on sending before it is cut off
+DRAIN_BYTES = 8 * 2**20       # and how much
+DRAIN_READ = 64 * 1024        # bytes a read of that: with 4 KiB, 256 such peers held up good ones
+
+# Of the server.
+ACCEPT_QUEUE = 1024           # connections that the kernel keeps while we accept
+SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # an eviction mends these
+LOOK_SECONDS = 2.0            # between two looks at the certificate's files
+STOP_SECONDS = 10.0           # for answers after SIGTERM; the exit is due within 15 s
+STOP_GRACE = 1.0              # the part of it in which senders may finish what they have begun
+CUT_SECONDS = 0.5             # for connections that were cut to leave
+CLOSE_SECONDS = 2.0           # for the last batch after that
+
+# Of stderr.
+STDERR_SECONDS = 0.5          # in which somebody has to read some of it, else lines are lost
+REPORT_PAUSE = 0.02           # seconds; a line waits this long for others
+REPORT_LIMIT = 10_000         # lines that wait for a stderr that does not take them
+REFUSALS_TOLD = 100           # lines a second; one peer could fill a disk with them
+COMPLAINT_SECONDS = 10.0      # between two lines of the same complaint
+
+# Of the live view.
+VIEWERS = 16                  # at once, besides the connections: people, not senders
+VIEW_BYTES = 2**20            # of the log that a new viewer gets: some 1,600 events
+VIEW_PAUSE = 0.2              # seconds between two looks of a viewer, however many events come
+HEARTBEAT_SECONDS = 15.0      # between two on an event stream; proxies close a silent one after 60
+WRONG_PASSWORDS = 30          # a minute from one network; more are not even looked at
+WRONG_PASSWORDS_IN_ALL = 1_000  # a minute from all networks that the right one has not come from
+KNOWN_NETWORKS = 1_000        # that the right one has come from
+
+# Of fetch.
+FETCH_SECONDS = 30.0          # for one interview's data, up to its last byte
+FETCH_BYTES = 64 * 2**20      # of it; notes, feedback and code snapshots have far less
 
 
 # --- Errors: each knows its answer ---
 
 
 class Rejected(Exception):
-    """A request that is answered with an error: `status` (HTTP), `detail` (one ASCII sentence, safe to show)."""
+    """A request that is answered with an error.
+
+    `status` is HTTP's, `detail` one sentence in ASCII that is safe to show, `fields` go with it.
+    """
 
     def __init__(self, status: int, detail: str, *fields: tuple[str, str]) -> None:
         super().__init__(f"{status}: {detail}")
@@ -141,7 +176,7 @@ class JournalError(Exception):
 
 
 class SyncFailed(Exception):
-    """A sync of the log that failed: what is on the disk cannot be known, so the process has to end."""
+    """A sync of the log failed: nobody knows what is on the disk, so the process has to end."""
 
 
 class SettingsError(Exception):
@@ -320,62 +355,41 @@ def _boolean(text: str) -> bool:
 
 def _url_path(text: str) -> str:
     if not re.fullmatch(r"/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*", text) or text == "/healthz":
-        raise argparse.ArgumentTypeError(f"{text!r} is not a path like /hook (and /healthz is taken)")
+        form = "a path like /hook (and /healthz is taken)"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
     return text
 
 
-def _setting(default: Any, parse: Callable[[str], Any], help: str, flag: str = "") -> Any:
-    flag, _, metavar = flag.partition(" ")
-    argument = {"action": "store_const", "const": True}
-    if metavar:
-        argument = {"type": parse, "metavar": metavar}
-    metadata = {"parse": parse, "flag": flag, "help": help, "argument": argument}
-    return dataclasses.field(default=default, repr=False, metadata=metadata)
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Settings:
-    """All settings. In the environment each is named SKYPE_ and its name here.
+    """All settings with their defaults. How each is set is in OPTIONS."""
 
-    A secret can be in a file, too, which ..._FILE names.
-    """
-
-    api_key: str = _setting("", str, "the API key of your API settings page (required)")
-    api_secret: str = _setting("", str, "its secret (required)")
-    api_key_previous: str = _setting("", str, "the key before, while it is still used")
-    api_secret_previous: str = _setting("", str, "the secret before, while it is still used")
-    view_password: str = _setting("", str, "password of the live view (default: no live view)")
-    tls_cert: str = _setting("", str, "certificate, PEM, the full chain", "--cert FILE")
-    tls_key: str = _setting("", str, "its private key, PEM, not encrypted", "--key FILE")
-    host: str = _setting("", str, "address to listen on (default: all, IPv4 and IPv6)",
-                         "--host ADDRESS")
-    port: int = _setting(8443, _number(int, 0, 65535), "port to listen on (default: 8443)",
-                         "--port PORT")
-    path: str = _setting("/", _url_path, "path of the webhook URL (default: /)", "--path PATH")
-    log: str = _setting("events.jsonl", str, "the log, appended to (default: events.jsonl)",
-                        "--log FILE")
-    leeway: float = _setting(1.0, _number(float, 0, 3600),
-                             "seconds that two clocks may differ (default: 1)", "--leeway SECONDS")
-    max_body: int = _setting(2**20, _number(int, 1, 2**24),
-                             "longest body in bytes (default: 1 MiB, at most 16)",
-                             "--max-body BYTES")
-    max_connections: int = _setting(256, _number(int, 1, 10_000),
-                                    "connections at once (default: 256)", "--max-connections N")
-    request_timeout: float = _setting(10.0, _number(float, 0.1, 3600),
-                                      "seconds for a request (default: 10)",
-                                      "--request-timeout SECONDS")
-    behind_proxy: bool = _setting(False, _boolean, "speak plain HTTP, to a proxy that ends TLS",
-                                  "--behind-proxy")
+    api_key: str = ""
+    api_secret: str = ""
+    api_key_previous: str = ""
+    api_secret_previous: str = ""
+    view_password: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    host: str = ""
+    port: int = 8443
+    path: str = "/"
+    log: str = "events.jsonl"
+    leeway: float = 1.0                # seconds
+    max_body: int = 2**20              # bytes
+    max_connections: int = 256
+    request_timeout: float = 10.0      # seconds
+    behind_proxy: bool = False
 
     @cached_property
     def credentials(self) -> tuple[Credential, ...]:
         """The credentials that a token may match, the present one first; raise SettingsError."""
         for name in CREDENTIALS:
-            if getattr(self, SETTINGS[name].name) in PLACEHOLDERS:
+            if getattr(self, SETTINGS[name]) in PLACEHOLDERS:
                 raise SettingsError(f"{name} is still the placeholder of example.env; "
                                     "paste yours from the API settings page")
         for name in CREDENTIALS[:2]:
-            if not getattr(self, SETTINGS[name].name):
+            if not getattr(self, SETTINGS[name]):
                 raise SettingsError(f"{name} is not set; "
                                     "put it into .env (see example.env) or into the environment")
         if self.api_key_previous and not self.api_secret_previous:
@@ -391,7 +405,47 @@ class Settings:
         return present, previous
 
 
-SETTINGS = {f"SKYPE_{field.name.upper()}": field for field in dataclasses.fields(Settings)}
+class Option(NamedTuple):
+    """How a setting is given: in the environment by its name, and by a flag where it has one.
+
+    A secret can be in a file, too, which ..._FILE names.
+    """
+
+    parse: Callable[[str], Any]
+    help: str
+    flag: str = ""
+    metavar: str = ""  # of the flag's value; a flag without one means yes
+
+
+OPTIONS = {
+    "api_key": Option(str, "the API key of your API settings page (required)"),
+    "api_secret": Option(str, "its secret (required)"),
+    "api_key_previous": Option(str, "the key before, while it is still used"),
+    "api_secret_previous": Option(str, "the secret before, while it is still used"),
+    "view_password": Option(str, "password of the live view (default: no live view)"),
+    "tls_cert": Option(str, "certificate, PEM, the full chain", "--cert", "FILE"),
+    "tls_key": Option(str, "its private key, PEM, not encrypted", "--key", "FILE"),
+    "host": Option(
+        str, "address to listen on (default: all, IPv4 and IPv6)", "--host", "ADDRESS"),
+    "port": Option(
+        _number(int, 0, 65535), "port to listen on (default: 8443)", "--port", "PORT"),
+    "path": Option(_url_path, "path of the webhook URL (default: /)", "--path", "PATH"),
+    "log": Option(str, "the log, appended to (default: events.jsonl)", "--log", "FILE"),
+    "leeway": Option(
+        _number(float, 0, 3600), "seconds that two clocks may differ (default: 1)",
+        "--leeway", "SECONDS"),
+    "max_body": Option(
+        _number(int, 1, 2**24), "longest body in bytes (default: 1 MiB, at most 16)",
+        "--max-body", "BYTES"),
+    "max_connections": Option(
+        _number(int, 1, 10_000), "connections at once (default: 256)", "--max-connections", "N"),
+    "request_timeout": Option(
+        _number(float, 0.1, 3600), "seconds for a request (default: 10)",
+        "--request-timeout", "SECONDS"),
+    "behind_proxy": Option(
+        _boolean, "speak plain HTTP, to a proxy that ends TLS", "--behind-proxy"),
+}
+SETTINGS = {f"SKYPE_{name.upper()}": name for name in OPTIONS}  # as the environment has them
 CREDENTIALS = ("SKYPE_API_KEY", "SKYPE_API_SECRET",
                "SKYPE_API_KEY_PREVIOUS", "SKYPE_API_SECRET_PREVIOUS")
 SECRETS = ("SKYPE_API_SECRET", "SKYPE_API_SECRET_PREVIOUS")
@@ -510,18 +564,21 @@ def load_settings(options: argparse.Namespace) -> Settings:
     """
     env_file = read_env_file(options.env_file)
     values: dict[str, Any] = {}
-    for name, field in SETTINGS.items():
-        value = getattr(options, field.name, None)
+    for variable, name in SETTINGS.items():
+        option = OPTIONS[name]
+        value = getattr(options, name, None)
         if value in (None, ""):  # no flag
-            text = _look_up(name, os.environ) or _look_up(name, env_file)
+            text = _look_up(variable, os.environ) or _look_up(variable, env_file)
+            if not text:
+                continue  # its default
             try:
-                value = field.metadata["parse"](text) if text else field.default
+                value = option.parse(text)
             except argparse.ArgumentTypeError as error:
-                raise SettingsError(f"{name} ({field.metadata['flag']}): {error}") from None
-        values[field.name] = value
+                raise SettingsError(f"{variable} ({option.flag}): {error}") from None
+        values[name] = value
 
-    for name in CREDENTIALS:
-        _warn_if_odd(name, values[SETTINGS[name].name])
+    for variable in CREDENTIALS:
+        _warn_if_odd(variable, values.get(SETTINGS[variable], ""))
     return Settings(**values)
 
 
@@ -636,7 +693,7 @@ _SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
 
 
 def _invalid_token(detail: str) -> Rejected:
-    """Return the refusal of a token (RFC 6750 section 3); `detail` has no quote and no backslash."""
+    """Return the refusal of a token (RFC 6750 section 3); `detail` has no quote or backslash."""
     challenge = f'Bearer error="invalid_token", error_description="{detail}"'
     return Rejected(401, detail, ("WWW-Authenticate", challenge))
 
@@ -780,7 +837,8 @@ def sign(body: bytes | None, credential: Credential, now: float) -> str:
               "exp": int(now) + 10, "iat": int(now)}
     if body is not None:
         claims["sub"] = hashlib.sha256(body).hexdigest()
-    signed = _base64url(b'{"alg":"HS256","typ":"JWT"}') + b"." + _base64url(json.dumps(claims).encode())
+    header = b'{"alg":"HS256","typ":"JWT"}'
+    signed = _base64url(header) + b"." + _base64url(json.dumps(claims).encode())
     return (signed + b"." + _signature(credential.api_secret, signed)).decode()
 
 
@@ -822,11 +880,14 @@ class Event(NamedTuple):
 TYPE_PREFIX = "com.skype.interviews."
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # of UTF-8; RFC 8259 section 8.1: parsers may refuse it
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_NOT_STRING = re.compile(  # what CloudEvents 1.0 excludes from its String: controls, surrogates, noncharacters
-    "[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef" + "".join(chr(p * 0x10000 + n) for p in range(17) for n in (0xFFFE, 0xFFFF)) + "]")
-# Whole surrogate pairs come first, so that group 1 is a half without its other; then all other escapes.
+# What CloudEvents 1.0 excludes from its String: controls, surrogates, noncharacters.
+_LAST_OF_PLANES = "".join(chr(plane + 0xFFFE) + chr(plane + 0xFFFF)
+                          for plane in range(0, 0x110000, 0x10000))
+_NOT_STRING = re.compile(f"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef{_LAST_OF_PLANES}]")
+# Whole surrogate pairs come first, so that group 1 is a half without its other; then all others.
 _ESCAPES = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F])|\\.", re.DOTALL)
-_RFC3339 = re.compile(r"(\d{4}-\d\d-\d\d)[Tt]([01]\d:[0-5]\d|2[0-3]:[0-5]\d):([0-5]\d|60)(?:\.(\d+))?"
+_RFC3339 = re.compile(r"(\d{4}-\d\d-\d\d)[Tt]([01]\d:[0-5]\d|2[0-3]:[0-5]\d):([0-5]\d|60)"
+                      r"(?:\.(\d+))?"
                       r"(?:[Zz]|([+-])([01]\d|2[0-3]):([0-5]\d))", re.ASCII)
 _EPOCH = datetime(1970, 1, 1)
 TICKS = 10**7  # in a second: the service writes its times with seven digits
@@ -1520,7 +1581,7 @@ class Journal:
     # the thread
 
     def _run(self) -> None:
-        """Commit one batch after another, until the journal closes or a sync fails; let the file go."""
+        """Commit one batch after another, until the journal closes or a sync fails."""
         try:
             while batch := self._next_batch():
                 self._settle(batch, self._commit(batch))
@@ -1700,7 +1761,7 @@ def name_protocol(first: bytes) -> str | None:
     return None
 
 
-# Seconds and microseconds. 66 is SO_RCVTIMEO_NEW, of a 32-bit Linux with 64-bit times (Debian 13, Alpine).
+# Seconds and microseconds. 66 is SO_RCVTIMEO_NEW: a 32-bit Linux with 64-bit times (Alpine, say).
 _TIMEVAL = "qq" if socket.SO_RCVTIMEO == 66 else "ll"
 
 
@@ -2418,7 +2479,8 @@ def check_password(handler: Handler) -> None:
     """Let a viewer in by HTTP Basic (RFC 7617), by any user name; raise Rejected."""
     network, guesses = network_of(handler.client_host), handler.server.guesses
     if guesses.are_too_many(network, time.monotonic()):
-        raise Rejected(429, "there were too many wrong passwords; wait a minute", ("Retry-After", "60"))
+        detail = "there were too many wrong passwords; wait a minute"
+        raise Rejected(429, detail, ("Retry-After", "60"))
 
     challenge = ("WWW-Authenticate", 'Basic realm="skype_webhook", charset="UTF-8"')
     scheme, _, text = handler.head.fields.get("authorization", "").partition(" ")
@@ -2428,7 +2490,8 @@ def check_password(handler: Handler) -> None:
     given = b""
     with contextlib.suppress(ValueError):
         given = base64.b64decode(text.strip(" "), validate=True).partition(b":")[2]
-    right = hmac.compare_digest(given, handler.settings.view_password.encode("utf-8", "surrogateescape"))
+    password = handler.settings.view_password.encode("utf-8", "surrogateescape")
+    right = hmac.compare_digest(given, password)
     guesses.note(network, right)
     if not right:
         raise Rejected(401, "that is not the password of the live view", challenge)
@@ -2444,13 +2507,14 @@ VIEW_FIELDS = (
 
 @contextlib.contextmanager
 def viewer_place(handler: Handler) -> Iterator[None]:
-    """Move a connection from the senders' places to one of the viewers'; raise Rejected if there is none."""
+    """Give a connection a viewer's place instead of a sender's; raise Rejected if there is none."""
     connection, server = handler.connection, handler.server
     with server.changed:
         if connection.interruption is Evicted:
             raise Evicted
         if len(server.viewers) >= VIEWERS:
-            raise Rejected(503, f"there are {VIEWERS} viewers, and no more places", ("Retry-After", "10"))
+            detail = f"there are {VIEWERS} viewers, and no more places"
+            raise Rejected(503, detail, ("Retry-After", "10"))
         server.connections.discard(connection)
         server.viewers.add(connection)
         server.changed.notify_all()
@@ -2465,15 +2529,16 @@ def viewer_place(handler: Handler) -> Iterator[None]:
 
 
 def watch_for_silence(sock: socket.socket) -> None:
-    """Have the kernel end a connection whose peer does not answer it for ten seconds (it fell asleep, say)."""
+    """Have the kernel end a connection whose machine does not answer (it fell asleep) for 10 s."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 2), ("TCP_USER_TIMEOUT", 8000)):
+    times = {"TCP_KEEPIDLE": 4, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 2, "TCP_USER_TIMEOUT": 8000}
+    for name, value in times.items():
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def has_gone(viewer: Connection) -> bool:
-    """Return, without waiting, whether the viewer has ended the connection; what else it sends is dropped."""
+    """Return, without waiting, whether the viewer has gone; what else it sends is dropped."""
     viewer.wait_for(0)
     try:
         viewer.receive()
@@ -2638,7 +2703,10 @@ def load_context(cert: str, key: str) -> ssl.SSLContext:
 
 
 class Certificate:
-    """The TLS context of new connections. Changed files make a new one: loading a bad pair into a live one breaks it."""
+    """The TLS context of new connections.
+
+    Changed files make a new one: loading a bad pair into a live one breaks it.
+    """
 
     def __init__(self, cert: str, key: str) -> None:
         self.cert, self.key = cert, key
@@ -2647,16 +2715,17 @@ class Certificate:
         self.next_look = 0.0
 
     def versions(self) -> list[tuple[int, ...]]:
-        """Return what tells a changed file: ctime too, since rsync and tar keep mtime, and chmod changes nothing else."""
+        """Return what differs once a file has changed; rsync and tar keep mtime, but not ctime."""
         versions: list[tuple[int, ...]] = []
         for path in (self.cert, self.key):
             with contextlib.suppress(OSError):
                 status = os.stat(path)  # through symlinks, as certbot lays them
-                versions.append((status.st_ino, status.st_ctime_ns, status.st_mtime_ns, status.st_size))
+                versions.append((status.st_ino, status.st_size,
+                                 status.st_ctime_ns, status.st_mtime_ns))
         return versions
 
     def follow(self) -> None:
-        """Swap the context in if the files changed and load; else keep the old one until they change again."""
+        """Swap a new context in once the files have changed and load; else keep the old one."""
         if time.monotonic() < self.next_look:
             return
         self.next_look = time.monotonic() + LOOK_SECONDS
@@ -2667,7 +2736,8 @@ class Certificate:
                 self.context = load_context(self.cert, self.key)
                 tell(f"the new certificate {self.cert} is in use")
             except SettingsError as error:
-                tell(f"error: {error}; the old certificate stays in use until the files change again")
+                tell(f"error: {error}; "
+                     "the old certificate stays in use until the files change again")
 
 
 def load_certificate(settings: Settings) -> Certificate | None:
@@ -2731,13 +2801,13 @@ class Receiver(socketserver.BaseServer):
     """Accepts connections, finds a place for each, and serves them in a bounded pool of threads.
 
     How a place is found: when all are taken, the connection that has waited longest for its request
-    is evicted: the accepting thread cuts it, and its own thread leaves. So slow peers only cost slow
-    peers their place. One that has delivered a verified event goes last, one whose event is being
-    stored never.
+    is evicted: the accepting thread cuts it, and its own thread leaves. So slow peers only cost
+    slow peers their place. One that has delivered a verified event goes last, one whose event is
+    being stored never.
 
     `changed` guards `connections`, `viewers` and, of each connection, `storing` and `interruption`.
-    It is notified when a connection has left. `_counting` guards `counts`. Only the accepting thread
-    has `threads`, `evictions_told` and `next_complaint`.
+    It is notified when a connection has left. `_counting` guards `counts`. Only the accepting
+    thread has `threads`, `evictions_told` and `next_complaint`.
     """
 
     def __init__(self, settings: Settings, journal: Journal, listeners: Sequence[socket.socket],
@@ -2779,7 +2849,7 @@ class Receiver(socketserver.BaseServer):
         return self.signals.stop
 
     def adopt(self, settings: Settings, certificate: Certificate | None) -> None:
-        """Serve requests to come by these settings, and connections to come with this certificate."""
+        """Serve requests to come by these settings, connections to come with this certificate."""
         if settings.view_password != self.settings.view_password:
             self.guesses = Guesses()
         self.settings, self.certificate = settings, certificate
@@ -2796,7 +2866,7 @@ class Receiver(socketserver.BaseServer):
     # the accepting thread
 
     def serve_forever(self, poll_interval: float = LOOK_SECONDS) -> None:
-        """Accept until a stop is asked for; every `poll_interval` seconds, at least, see what is due."""
+        """Accept until a stop is asked for; see what is due every `poll_interval` seconds."""
         while not self.stopping:
             for key, _ in self.selector.select(poll_interval):
                 if key.data:
@@ -2841,7 +2911,7 @@ class Receiver(socketserver.BaseServer):
         return True
 
     def admit(self, accepted: socket.socket, address: Any) -> Connection | None:
-        """Return an accepted connection that has a place; close it, and return None, if it gets none."""
+        """Return an accepted connection with a place; or close it, and return None."""
         try:
             accepted.getpeername()  # raises for a peer that has reset it: those take no place
         except OSError:
@@ -2861,7 +2931,7 @@ class Receiver(socketserver.BaseServer):
         return connection
 
     def relieve(self, newcomer: Connection | None = None) -> None:
-        """Have a connection give up its descriptor and thread, but not the newcomer, if there is one."""
+        """Have a connection give up its descriptor and thread; another one than the newcomer."""
         with self.changed:
             self.evict(newcomer)
             self.changed.wait(0.1)
@@ -2880,7 +2950,7 @@ class Receiver(socketserver.BaseServer):
             self.count("evicted")
 
     def protect(self, connection: Connection) -> None:
-        """Keep the place of a connection whose event is being stored; raise Evicted if it is lost."""
+        """Keep the place of a connection while its event is stored; raise Evicted if it is lost."""
         with self.changed:
             if connection.interruption is Evicted:
                 raise Evicted
@@ -2956,7 +3026,8 @@ class Receiver(socketserver.BaseServer):
         except ssl.SSLError as error:
             reason = error.reason or "it is not TLS"
             if re.search("CERT|_CA", reason):
-                reason += "; it does not trust the certificate: is it current, and --cert the full chain?"
+                reason += ("; it does not trust the certificate: "
+                           "is it current, and --cert the full chain?")
             self.report("refused", f"{connection.peer} refused TLS handshake failed: {reason}")
             return False
         if spoken is None:
@@ -2975,7 +3046,7 @@ class Receiver(socketserver.BaseServer):
     # the end
 
     def stop(self) -> None:
-        """Answer what has been sent whole, then end all connections, within STOP_SECONDS and some."""
+        """Answer what has been sent whole, then end all connections; the phases of the stop."""
         begun = time.monotonic()
         self.take_backlog(begun + STOP_GRACE)
         self.wait_for_answers(begun + STOP_GRACE, begun + STOP_SECONDS)
@@ -2983,14 +3054,14 @@ class Receiver(socketserver.BaseServer):
         self.selector.close()
 
     def take_backlog(self, end: float) -> None:
-        """Accept who has connected before; but the backlog of systemd's sockets is our successor's."""
+        """Accept who has connected before; what waits at systemd's sockets is our successor's."""
         for listener in self.listeners:
             while not self.inherited and time.monotonic() < end and self.accept(listener):
                 pass
             listener.close()
 
     def wait_for_answers(self, grace: float, end: float) -> None:
-        """Let senders finish what they have begun until `grace`; answer it until `end` (monotonic)."""
+        """Let senders finish what they have begun until `grace`, and answer it until `end`."""
         with self.changed:
             self.changed.wait_for(self.has_none, grace - time.monotonic())
             for connection in self.connections:
@@ -3665,13 +3736,15 @@ def open_journal(path: str) -> Journal:
     return journal
 
 
-def shortfalls() -> str:
-    """Return what cannot be promised for want of something in this operating system, "" on a POSIX one."""
-    wanted = ((fcntl, "no lock keeps a second receiver off this log: start none"),
-              (os.name == "posix", "the log cannot be renamed while it is open"),
-              (hasattr(os, "O_DIRECTORY"), "a power cut can take a log that was just begun with it"),
-              (hasattr(signal, "SIGHUP"), "changed secrets are read at a restart only"))
-    return "; ".join([lack for there, lack in wanted if not there])
+def missing_promises() -> str:
+    """Return what cannot be promised on this operating system, "" on a POSIX one."""
+    wanted = (
+        (fcntl, "no lock keeps a second receiver off this log: do not start one"),
+        (os.name == "posix", "the log cannot be renamed while it is open"),
+        (hasattr(os, "O_DIRECTORY"), "a power cut can take a log that was just begun with it"),
+        (hasattr(signal, "SIGHUP"), "changed secrets are read at a restart only"),
+    )
+    return "; ".join(consequence for is_there, consequence in wanted if not is_there)
 
 
 def run(receiver: Receiver) -> int:
@@ -3679,8 +3752,9 @@ def run(receiver: Receiver) -> int:
     settings, journal = receiver.settings, receiver.journal
     urls = listening_urls(receiver.listeners, settings)
     tell(f"listening on {urls}, log {os.path.abspath(settings.log)}")
-    if lacks := shortfalls():
-        tell(f"warning: on this system {lacks}")
+    missing = missing_promises()
+    if missing:
+        tell(f"warning: on this system {missing}")
 
     notify("READY=1")
     receiver.serve_forever()
@@ -3688,22 +3762,30 @@ def run(receiver: Receiver) -> int:
     tell("stopping: answering what has been sent")
     receiver.stop()
 
-    tell("stopped: " + ", ".join(f"{count} {outcome}" for outcome, count in receiver.counts.items()))
+    counts = [f"{count} {outcome}" for outcome, count in receiver.counts.items()]
+    tell(f"stopped: {', '.join(counts)}")
     if journal.final:
         tell(f"error: {journal.final}: it cannot be known what is on the disk; start again")
     return 1 if journal.final else 0
+
+
+FIXED = ("host", "port", "log", "max_connections", "behind_proxy")  # until a restart
 
 
 def reload_settings(receiver: Receiver, options: argparse.Namespace) -> None:
     """Read env file and certificates again (SIGHUP); what is wrong changes nothing."""
     notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
-        old, new = receiver.settings, load_serving(options)
-        bound = {name: getattr(old, name) for name in ("host", "port", "log", "max_connections", "behind_proxy")}
-        changed = [name for name, value in bound.items() if getattr(new, name) != value]
-        new = dataclasses.replace(new, **bound)
+        new = load_serving(options)
+        fixed = {name: getattr(receiver.settings, name) for name in FIXED}
+        changed = [name for name, value in fixed.items() if getattr(new, name) != value]
+        new = dataclasses.replace(new, **fixed)
         receiver.adopt(new, load_certificate(new))
-        tell("settings and certificate were read again" + (f"; a restart is needed for: {', '.join(changed)}" if changed else ""))
+
+        message = "settings and certificate were read again"
+        if changed:
+            message += f"; a restart is needed for: {', '.join(changed)}"
+        tell(message)
     except SettingsError as error:
         tell(f"error: {error}; the old settings stay in force")
     notify("READY=1")
@@ -3716,7 +3798,8 @@ def serve(options: argparse.Namespace) -> int:
     with Signals() as signals, open_journal(settings.log) as journal:
         inherited = take_listeners()
         listeners = inherited or open_listeners(settings.host, settings.port)
-        receiver = Receiver(settings, journal, listeners, certificate, signals, inherited=bool(inherited))
+        receiver = Receiver(settings, journal, listeners, certificate, signals,
+                            inherited=bool(inherited))
         receiver.on_hangup = lambda: reload_settings(receiver, options)
         return run(receiver)
 
@@ -3727,11 +3810,12 @@ def make_certificate(folder: str) -> tuple[str, str]:
     Raise SettingsError.
     """
     cert, key = os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem")
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+    command = ["openssl", "req", "-x509", "-newkey", "ec",
+               "-pkeyopt", "ec_paramgen_curve:prime256v1",
                "-nodes", "-days", "7", "-subj", "/CN=localhost",
                "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", cert]
     try:
-        # In a session of its own: a Ctrl-C is for us, and takes effect when the certificate is there.
+        # In a session of its own: a Ctrl-C is for us, once the certificate is there.
         subprocess.run(command, check=True, capture_output=True, start_new_session=True)
     except FileNotFoundError:
         raise SettingsError("demo needs the openssl command to make a certificate, "
@@ -3774,7 +3858,8 @@ def serve_demo(folder: str, port: int, signals: Signals) -> int:
                         host="127.0.0.1", port=port, log=os.path.join(folder, "events.jsonl"))
     env_file = pathlib.Path(folder, ".env")
     env_file.touch(0o600)
-    env_file.write_text(f"SKYPE_API_KEY={settings.api_key}\nSKYPE_API_SECRET={settings.api_secret}\n")
+    env_file.write_text(f"SKYPE_API_KEY={settings.api_key}\n"
+                        f"SKYPE_API_SECRET={settings.api_secret}\n")
 
     with open_journal(settings.log) as journal:
         listeners = open_listeners(settings.host, settings.port)
@@ -3870,6 +3955,12 @@ def fetch(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def drop_stdout() -> None:
+    """Let the rest of stdout go nowhere: else the interpreter complains, and ends with 120."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def read_log(path: str, only: str | None, rows: list[Row], skipped: Counter[str]) -> bool:
     """Add the events in a log to `rows`; return whether it could be read to its end.
 
@@ -3928,7 +4019,7 @@ def timeline(options: argparse.Namespace) -> int:
             changed = {row[0] for row in new}
             show_courses([row for row in rows if row[0] in changed], options.json)
     except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_stdout()
     finally:
         if skipped:
             counts = f"{skipped['blank']} blank and {skipped['foreign']} foreign lines"
@@ -3943,57 +4034,113 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {printable(message)}; see {self.prog} --help\n")
 
 
-COMMANDS = {"serve": (serve, "receive events (the default command)"),
-            "demo": (demo, "try it on loopback: deliver a sample event, and see it in the browser"),
-            "send": (send, "sign and deliver a sample event: is my set-up right?"),
-            "timeline": (timeline, "print each interview's stages in order, from the log"),
-            "fetch": (fetch, "print interviews' data (notes, feedback, times), from the service")}
+def add_env_file(parser: Parser) -> None:
+    parser.add_argument("--env-file", metavar="FILE",
+                        help="settings by name (default: .env, if there)")
 
 
-def _make_parser(command: str) -> Parser:
-    name = os.path.basename(sys.argv[0]) or "skype_webhook.py"
-    parser = Parser(f"{name} {command}" if command != "serve" else name, description=COMMANDS[command][1], allow_abbrev=False,
+def add_trust(parser: Parser) -> None:
+    parser.add_argument("--ca", metavar="FILE", help="trust this certificate (PEM)")
+    parser.add_argument("--insecure", action="store_true", help="trust any certificate")
+
+
+def add_serve_arguments(parser: Parser) -> None:
+    parser.add_argument("--version", action="version", version=__version__)
+    add_env_file(parser)
+    for name, option in OPTIONS.items():
+        if option.metavar:
+            parser.add_argument(option.flag, dest=name, type=option.parse,
+                                metavar=option.metavar, help=option.help)
+        elif option.flag:
+            parser.add_argument(option.flag, dest=name, action="store_const", const=True,
+                                help=option.help)
+
+
+def add_demo_arguments(parser: Parser) -> None:
+    parser.add_argument("--port", metavar="PORT", type=_number(int, 0, 65535), default=0,
+                        help="port to listen on (default: any)")
+
+
+def add_send_arguments(parser: Parser) -> None:
+    add_env_file(parser)
+    parser.add_argument("url", metavar="URL", help="for instance https://localhost:8443/")
+    parser.add_argument("--stage", metavar="NAME", default="SchedulingTime",
+                        help="currentStage, for instance " + ", ".join(STAGES))
+    parser.add_argument("--file", metavar="FILE",
+                        help="deliver this body instead of a sample event")
+    parser.add_argument("--count", metavar="N", type=_number(int, 1, 10**9), default=1,
+                        help="deliveries in all")
+    parser.add_argument("--concurrency", metavar="C", type=_number(int, 1, 1000), default=1,
+                        help="connections at once")
+    add_trust(parser)
+
+
+def add_timeline_arguments(parser: Parser) -> None:
+    add_env_file(parser)
+    parser.add_argument("files", metavar="LOG", nargs="*",
+                        help="logs, merged by event id, also .gz and - for stdin (default: --log)")
+    parser.add_argument("--log", metavar="FILE",
+                        help="the log, where none is named (default: the setting)")
+    parser.add_argument("--interview", metavar="CODE", help="this interview only")
+    parser.add_argument("--json", action="store_true",
+                        help="one JSON object an interview, a line each")
+    parser.add_argument("--follow", action="store_true",
+                        help="go on, also over rotations, until Ctrl-C")
+
+
+def add_fetch_arguments(parser: Parser) -> None:
+    add_env_file(parser)
+    parser.add_argument("codes", metavar="CODE", nargs="+",
+                        help="an interviewCode; - reads them from stdin, one a line")
+    parser.add_argument("--url", metavar="BASE", default=FETCH_BASE,
+                        help=f"the URL without the code (default: {FETCH_BASE})")
+    add_trust(parser)
+
+
+class Command(NamedTuple):
+    """What the first word of the command line stands for."""
+
+    run: Callable[[argparse.Namespace], int]
+    add_arguments: Callable[[Parser], None]
+    help: str
+
+
+COMMANDS = {
+    "serve": Command(serve, add_serve_arguments, "receive events (the default command)"),
+    "demo": Command(demo, add_demo_arguments,
+                    "try it on loopback: deliver a sample event, and see it in the browser"),
+    "send": Command(send, add_send_arguments,
+                    "sign and deliver a sample event: is my set-up right?"),
+    "timeline": Command(timeline, add_timeline_arguments,
+                        "print each interview's stages in order, from the log"),
+    "fetch": Command(fetch, add_fetch_arguments,
+                     "print interviews' data (notes, feedback, times), from the service"),
+}
+
+
+def describe_all() -> str:
+    """Return the end of the first help: all commands, and all settings by their variables."""
+    lines = ["commands:"]
+    lines += [f"  {name:<10} {command.help}" for name, command in COMMANDS.items()]
+    lines += ["", "settings (flag, else environment, else env file):"]
+    for variable, name in SETTINGS.items():
+        lines.append(f"  {variable:<26} {OPTIONS[name].flag or OPTIONS[name].help}")
+    files = ", ".join(f"{variable}_FILE" for variable in SECRETS)
+    lines.append(f"  {files}: files that hold the secrets")
+    return "\n".join(lines)
+
+
+def make_parser(name: str) -> Parser:
+    """Return the parser of one command's arguments."""
+    program = os.path.basename(sys.argv[0]) or "skype_webhook.py"
+    description, epilog = COMMANDS[name].help, None
+    if name == "serve":
+        description, epilog = (__doc__ or "").partition("\n")[0], describe_all()
+    else:
+        program += f" {name}"
+    parser = Parser(program, description=description, epilog=epilog, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    if command == "serve":
-        parser.description = (__doc__ or "").partition("\n")[0]
-        parser.epilog = ("commands:\n" + "".join(f"  {name:<10} {text}\n" for name, (_, text) in COMMANDS.items())
-                         + "\nsettings (flag, else environment, else env file):\n"
-                         + "".join(f"  {each:<26} {field.metadata['flag'] or field.metadata['help']}\n" for each, field in SETTINGS.items())
-                         + "  " + ", ".join(f"{each}_FILE" for each in SECRETS) + ": files that hold the secrets")
-        parser.add_argument("--version", action="version", version=__version__)
-    if command != "demo":
-        parser.add_argument("--env-file", metavar="FILE", help="settings by name (default: .env, if there)")
-    for field in SETTINGS.values() if command == "serve" else ():
-        if field.metadata["flag"]:
-            parser.add_argument(field.metadata["flag"], dest=field.name, help=field.metadata["help"], **field.metadata["argument"])
-    if command == "demo":
-        parser.add_argument("--port", metavar="PORT", type=_number(int, 0, 65535), default=0,
-                            help="port to listen on (default: any)")
-    if command == "send":
-        parser.add_argument("url", metavar="URL", help="for instance https://localhost:8443/")
-        parser.add_argument("--stage", metavar="NAME", default="SchedulingTime",
-                            help="currentStage, for instance " + ", ".join(STAGES))
-        parser.add_argument("--file", metavar="FILE",
-                            help="deliver this body instead of a sample event")
-        parser.add_argument("--count", metavar="N", type=_number(int, 1, 10**9), default=1,
-                            help="deliveries in all")
-        parser.add_argument("--concurrency", metavar="C", type=_number(int, 1, 1000), default=1,
-                            help="connections at once")
-    if command == "fetch":
-        parser.add_argument("codes", metavar="CODE", nargs="+",
-                            help="an interviewCode; - reads them from stdin, one a line")
-        parser.add_argument("--url", metavar="BASE", default=FETCH_BASE,
-                            help=f"the URL without the code (default: {FETCH_BASE})")
-    if command in ("send", "fetch"):
-        parser.add_argument("--ca", metavar="FILE", help="trust this certificate (PEM)")
-        parser.add_argument("--insecure", action="store_true", help="trust any certificate")
-    if command == "timeline":
-        parser.add_argument("files", metavar="LOG", nargs="*",
-                            help="logs, merged by event id, also .gz and - for stdin (default: --log)")
-        parser.add_argument("--log", metavar="FILE", help="the log, where none is named (default: the setting)")
-        parser.add_argument("--interview", metavar="CODE", help="this interview only")
-        parser.add_argument("--json", action="store_true", help="one JSON object an interview, a line each")
-        parser.add_argument("--follow", action="store_true", help="go on, also over rotations, until Ctrl-C")
+    COMMANDS[name].add_arguments(parser)
     return parser
 
 
@@ -4011,41 +4158,54 @@ def _parse_words(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def run_command(command: str, words: Sequence[str]) -> int:
+def run_command(name: str, words: Sequence[str]) -> int:
     """Run one command; return its exit code. What it had to say on stderr is written by its end."""
     try:
-        return COMMANDS[command][0](_parse_words(_make_parser(command), words))
+        return COMMANDS[name].run(_parse_words(make_parser(name), words))
+    except SystemExit as ended:  # argparse: --help, --version, wrong usage
+        return int(ended.code or 0)
     finally:
         REPORTER.flush()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code: 0 done, 1 failed while running, 2 wrong usage or settings."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # it was closed: the log would get its number, and then the lines for stderr
+def open_standard_streams() -> None:
+    """Open what of stdin, stdout and stderr is closed: the log would get its number, and lines."""
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:
+        descriptor = os.open(os.devnull, os.O_RDWR)
     os.close(descriptor)
-    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
-    threading.excepthook = lambda fault: tell(f"thread {describe_fault(fault.exc_value or fault.exc_type())}")
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
+
+
+def tell_thread_fault(fault: threading.ExceptHookArgs) -> None:
+    tell(f"thread {describe_fault(fault.exc_value or fault.exc_type())}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code.
+
+    0: done, 1: failed while running, 2: wrong usage or settings.
+    """
+    open_standard_streams()
+    threading.excepthook = tell_thread_fault
     words = list(sys.argv[1:] if argv is None else argv)
-    command = words.pop(0) if words and words[0] in COMMANDS else "serve"
+    name = words.pop(0) if words and words[0] in COMMANDS else "serve"
     try:
-        code = run_command(command, words)
+        code = run_command(name, words)
         sys.stdout.flush()
         return code
     except SettingsError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
-    except SystemExit as ended:  # argparse: --help, --version, wrong usage
-        return int(ended.code or 0)
     except KeyboardInterrupt:
         return 0
     except OSError as error:  # a stdout that is full, or closed at its other end
-        print(f"error: {command}: {_why(error)}", file=sys.stderr)
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would try again, complain, and end with 120
+        print(f"error: {name}: {_why(error)}", file=sys.stderr)
+        drop_stdout()
         return 1
     except Exception as error:
-        tell(f"{command} {describe_fault(error)}")
+        tell(f"{name} {describe_fault(error)}")
         REPORTER.flush()
         return 1
 

@@ -3174,7 +3174,7 @@ def test_a_connection_that_came_non_blocking_is_waited_for_asleep(serve, tmp_pat
 def test_windows_is_told_that_an_open_log_cannot_be_renamed(monkeypatch):
     with monkeypatch.context() as windows:
         windows.setattr(os, "name", "nt")
-        told = sw.shortfalls()
+        told = sw.missing_promises()
     assert "the log cannot be renamed while it is open" in told
 
 
@@ -3873,6 +3873,17 @@ def test_a_stdout_that_is_full_ends_with_1_and_one_line(shared, service, tmp_pat
                               text=True, cwd=tmp_path, check=False,
                               env={**CLEAN, **OURS, "PYTHONUNBUFFERED": ""})  # or each print fails
     assert (done.returncode, done.stderr) == (1, f"error: {command}: No space left on device\n")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["send", "--help"]])
+def test_help_that_nobody_reads_ends_with_1_and_one_line(tmp_path, words):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed:
+        done = subprocess.run([*PROGRAM, *words], stdout=closed, stderr=subprocess.PIPE, text=True,
+                              env={**CLEAN, "PYTHONUNBUFFERED": ""}, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch("error: (serve|send): Broken pipe\n", done.stderr)
 
 
 @pytest.mark.parametrize(("url", "outcome"), [
