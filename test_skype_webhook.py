@@ -1856,171 +1856,331 @@ def test_the_documented_event_is_recorded_once(serve):
     assert SECRET.decode() not in server.stderr() and "eyJ" not in server.stderr()
 
 
-# A valid delivery in both framings. Each row below replaces one thing in it and names the statuses of the answers on that
-# connection; behind it a second, good delivery is pipelined. A lone 200 stands for (200, 200): the second one has to be read as
-# such. Any other lone status is a refusal: the second delivery must neither be answered nor recorded, and the connection is closed.
-SIZED = "POST / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: 17\r\n\r\n{body}"
-CHUNKED = "POST / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nTransfer-Encoding: chunked\r\n\r\n11\r\n{body}\r\n0\r\n\r\n"
+# A valid delivery in both framings. Each row below replaces one thing in it and names the statuses
+# of the answers on that connection; behind it a second, good delivery is pipelined. A lone 200
+# stands for (200, 200): the second one has to be read as such. Any other lone status is a refusal:
+# the second one must neither be answered nor recorded, and the connection is closed.
+SIZED = ("POST / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+         "Content-Length: 17\r\n\r\n{body}")
+CHUNKED = ("POST / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+           "Transfer-Encoding: chunked\r\n\r\n11\r\n{body}\r\n0\r\n\r\n")
 LENGTH = "Content-Length: 17"
 CODING = "Transfer-Encoding: chunked"
 
-REQUEST_LINES = {
-    "as it should be": ("", "", 200), "an empty line before": ("POST", "\r\nPOST", 200),
-    "two empty lines before": ("POST", "\r\n\r\nPOST", 400), "LF before": ("POST", "\nPOST", 400), "CR before": ("POST", "\rPOST", 400),
-    "NUL before": ("POST", "\0POST", 400), "space before": ("POST", " POST", 400), "space and line before": ("POST", " \r\nPOST", 400),
-    "BOM before": ("POST", "\xef\xbb\xbfPOST", 400), "NUL in method": ("POST", "PO\0ST", 400),
-    "delimiter in method": ("POST", "PO(ST", 400), "not ASCII in method": ("POST", "POST\x80", 400), "no method": ("POST", "", 400),
-    "lower-case method": ("POST", "post", 405), "another method": ("POST", "MKCOLA", 405), "GET with a body": ("POST", "GET", 405),
-    "GET of nothing with a body": ("POST /", "GET /x", 404), "CONNECT": ("POST /", "CONNECT x:443", 400),
-    "GET without a body": ("POST", "GET / HTTP/1.1\r\nHost: x\r\n\r\nPOST", (405, 200, 200)), "absolute form": ("/ ", "http://x/ ", 200),
-    "absolute form without path": ("/ ", "HTTPS://x ", 200), "absolute form without path, query": ("/ ", "http://x?a=/b ", 200),
-    "absolute form of another host": ("/ ", "http://y:1/ ", 200), "absolute form, another scheme": ("/ ", "ftp://x/ ", 404),
-    "absolute form without host": ("/ ", "http:/// ", 400), "asterisk form": ("/ ", "* ", 400), "authority form": ("/ ", "x:443 ", 400),
-    "OPTIONS of everything": ("POST /", "OPTIONS *", 404), "a query alone": ("/ ", "?x ", 400), "a question mark alone": ("/ ", "? ", 400),
-    "no slash": ("/ ", "x ", 400), "two slashes": ("/ ", "// ", 404), "dot segment": ("/ ", "/. ", 404),
-    "encoded slash": ("/ ", "/%2f ", 404), "backslash": ("/ ", "/\\ ", 404), "fragment": ("/ ", "/#a ", 404),
-    "query": ("/ ", "/?a=b?c ", 200), "target of 8 KiB": ("/ ", "/?" + "a" * 8190 + " ", 200),
-    "target over 8 KiB": ("/ ", "/?" + "a" * 8191 + " ", 414), "target over 16 KiB": ("/ ", "/" + "a" * 20_000 + " ", 414),
-    "space in target": ("/ ", "/a b ", 400), "NUL in target": ("/ ", "/\0 ", 400), "DEL in target": ("/ ", "/\x7f ", 400),
-    "not ASCII in target": ("/ ", "/\xe9 ", 400), "CR in target": ("/ ", "/\r ", 400), "LF in target": ("/ ", "/\n ", 400),
-    "no target": (" / ", " ", 400), "two spaces before target": (" /", "  /", 400), "two spaces before version": ("/ ", "/  ", 400),
-    "tab before target": (" /", "\t/", 400), "tab before version": ("/ ", "/\t", 400), "form feed before version": ("/ ", "/\f", 400),
-    "space after": ("1.1", "1.1 ", 400), "tab after": ("1.1", "1.1\t", 400), "words after": ("1.1", "1.1 x", 400),
-    "NUL after": ("1.1", "1.1\0", 400), "only LF after": ("1.1\r\n", "1.1\n", 400), "only CR after": ("1.1\r\n", "1.1\r", 400),
-    "two CRs after": ("1.1\r\n", "1.1\r\r\n", 400), "a folded line after": ("1.1\r\n", "1.1\r\n ", 400),
-    "no version": (" HTTP/1.1", "", 400), "lower-case version": ("HTTP", "http", 400), "space in version": ("HTTP/", "HTTP /", 400),
-    "another protocol": ("HTTP/1.1", "RTSP/1.0", 400), "almost HTTP": ("HTTP", "IHTTP", 400), "HTTP/0.9": ("1.1", "0.9", 400),
-    "HTTP/1": ("1.1", "1", 400), "HTTP/1.": ("1.1", "1.", 400), "HTTP/.1": ("1.1", ".1", 400), "HTTP/1.10": ("1.1", "1.10", 400),
-    "HTTP/01.1": ("1.1", "01.1", 400), "HTTP/1.1.1": ("1.1", "1.1.1", 400), "HTTP/+1.1": ("1.1", "+1.1", 400),
-    "HTTP/1,1": ("1.1", "1,1", 400), "HTTP/1.\xb9": ("1.1", "1.\xb9", 400), "HTTP/909876543210.0": ("1.1", "909876543210.0", 400),
-    "HTTP/1.0": ("1.1", "1.0", (200,)), "HTTP/1.2": ("1.1", "1.2", 200), "HTTP/2.0": ("1.1", "2.0", 505), "HTTP/9.9": ("1.1", "9.9", 505),
-    "HTTP/2": ("1.1", "2", 400), "HTTP/2 with prior knowledge": ("POST / HTTP/1.1\r\n", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
-    "TLS in TLS": ("POST /", "\x16\x03\1\2\0\1\0\1\xfc\x03\x03", 400),
-}
-FIELDS = {
-    "no Host": ("Host: x\r\n", "", 400), "no Host in HTTP/1.0": ("1.1\r\nHost: x", "1.0", (200,)),
-    "no Host in absolute form": ("/ HTTP/1.1\r\nHost: x", "http://x/ HTTP/1.1", 400), "two Hosts": ("Host: x", "Host: x\r\nHost: x", 400),
-    "two Hosts, one empty": ("Host: x", "Host:\r\nHost: x", 400), "Host empty": ("Host: x", "Host:", 200),
-    "Host with port": ("Host: x", "Host: x:8443", 200), "Host an IPv6 address": ("Host: x", "Host: [::1]:8443", 200),
-    "Host a list": ("Host: x", "Host: x, y", 400), "Host with path": ("Host: x", "Host: x/y", 400),
-    "Host with user": ("Host: x", "Host: y@x", 400), "Host with space": ("Host: x", "Host: x y", 400),
-    "Host with odd port": ("Host: x", "Host: x:y", 400), "Host not ASCII": ("Host: x", "Host: \xe9", 400),
-    "no space after colon": ("Host: x", "Host:x", 200), "spaces and tabs around a value": ("Host: x", "Host: \t x\t ", 200),
-    "empty value": ("Host", "X:\r\nHost", 200), "value not ASCII": ("Host", "X: \xff\xe2\x82\xac\r\nHost", 200),
-    "every character of a token": ("Host", "!#$%&'*+-.^_`|~09azAZ: y\r\nHost", 200), "space before colon": ("Host", "X : y\r\nHost", 400),
-    "tab before colon": ("Host", "X\t: y\r\nHost", 400), "Host with space before colon": ("Host:", "Host :", 400),
-    "no colon": ("Host", "X\r\nHost", 400), "no name": ("Host", ": y\r\nHost", 400), "space in name": ("Host", "X Y: z\r\nHost", 400),
-    "@ in name": ("Host", "X@: y\r\nHost", 400), "NUL in name": ("Host", "X\0: y\r\nHost", 400),
-    "control in name": ("Host", "X\1: y\r\nHost", 400), "CR in name": ("Host", "X\rY: z\r\nHost", 400),
-    "LF in name": ("Host", "X\nY: z\r\nHost", 400), "name not ASCII": ("Host", "\xe9: y\r\nHost", 400),
-    "folded": ("Host", "X: y\r\n z\r\nHost", 400), "folded with a tab": ("Host", "X: y\r\n\tz\r\nHost", 400),
-    "folded, first of all": ("Host", " X: y\r\nHost", 400), "folded name": ("Host", "X\r\n : y\r\nHost", 400),
-    "a line of one space": ("Host", " \r\nHost", 400), "fold of nothing at the end": ("17\r\n", "17\r\n \r\n", 400),
-    "LF in value": ("Host", "X: y\nZ: z\r\nHost", 400), "CR in value": ("Host", "X: y\rZ: z\r\nHost", 400),
-    "two CRs at the end of a line": ("Host", "X: y\r\r\nHost", 400), "NUL in value": ("Host", "X: y\0\r\nHost", 400),
-    "DEL in value": ("Host", "X: \x7f\r\nHost", 400), "vertical tab in value": ("Host", "X: \v\r\nHost", 400),
-    "form feed in value": ("Host", "X: y\fz\r\nHost", 400), "escape in value": ("Host", "X: \x1b[2J\r\nHost", 400),
-    "LF as the empty line": ("17\r\n\r\n", "17\r\n\n", 400), "CR as the empty line": ("17\r\n\r\n", "17\r\n\r", 400),
-    "LF and the empty line": ("17\r\n\r\n", "17\n\r\n", 400), "two CRs in the empty line": ("17\r\n\r\n", "17\r\n\r\r\n", 400),
-    "no empty line": ("17\r\n\r\n", "17\r\n", 400), "64 fields": ("Host", "X: y\r\n" * 61 + "Host", 200),
-    "65 fields": ("Host", "X: y\r\n" * 62 + "Host", 431), "head over 16 KiB": ("Host", "X: " + "y" * 16_384 + "\r\nHost", 431),
-    "no token": ("Authorization: Bearer {token}\r\n", "", 401),
-    "no token, no body": ("Authorization: Bearer {token}\r\nContent-Length: 17\r\n\r\n{body}", "Content-Length: 0\r\n\r\n", (401, 200)),
-    "two tokens": ("Host", "Authorization: Bearer {token}\r\nHost", 401),
-    "a token and an empty one": ("Host", "Authorization:\r\nHost", 401), "Expect": ("Host", "Expect: 100-Continue\r\nHost", 200),
-    "another expectation": ("Host", "Expect: 200-ok\r\nHost", 417), "two expectations": ("Host", "Expect: 100-continue, x\r\nHost", 417),
-    "Expect empty": ("Host", "Expect:\r\nHost", 417), "Expect in HTTP/1.0": ("1.1", "1.0\r\nExpect: 100-continue", (200,)),
-    "Upgrade to h2c": ("Host", "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\nHost", 200),
-    "Upgrade to a WebSocket": ("Host", "Connection: upgrade\r\nUpgrade: websocket\r\nHost", 200),
-    "Connection: close": ("Host", "Connection: keep-alive, ,Close\r\nHost", (200,)),
-    "Connection and tab": ("Host", "Connection: close\t\r\nHost", (200,)),
-    "Connections": ("Host", "Connection: x\r\nConnection: close\r\nHost", (200,)),
-    "Connection names Content-Length": ("Host", "Connection: Content-Length, Authorization\r\nHost", 200),
-    "Connection: closed": ("Host", "Connection: closed\r\nHost", 200),
-    "keep-alive in HTTP/1.0": ("1.1", "1.0\r\nConnection: Keep-Alive", 200),
-    "keep-alive and close in HTTP/1.0": ("1.1", "1.0\r\nConnection: close, keep-alive", (200,)),
-}
-LENGTHS = {
-    "zeros before the length": ("17", "000017", 200), "tabs around the length": (": 17", ":\t17\t ", 200),
-    "name in lower case": ("Content-L", "content-l", 200),
-    **{f"length {length!r}": ("17", length, 400) for length in (
-        "+17", "-17", "17.0", "1_7", "0x11", "1e1", "17h", "1 7", "17 17", "17,17", "17, 17", "17;", '"17"', "", "x", "\v17", "17\f",
-        "17\xa0", "\x8517", "1\xb2", "\xd9\xa1\xd9\xa7", "17\0", "17\r\n 17", "\r\n 17", "17\n", "\r17", "1\r7")},
-    "length and the same again": (LENGTH, f"{LENGTH}\r\n{LENGTH}", 400),
-    "length and another": (LENGTH, f"{LENGTH}\r\nContent-Length: 0", 400),
-    "another and the length": (LENGTH, f"content-length: 5\r\n{LENGTH}", 400),
-    "an empty one and the length": (LENGTH, f"Content-Length:\r\n{LENGTH}", 400), "length over the cap": ("17", "1048577", 413),
-    "length of 2**32 + 17": ("17", str(2**32 + 17), 413), "length of 2**64 + 17": ("17", str(2**64 + 17), 413),
-    "length of 5000 digits": ("17", "9" * 5000, 413), "no length": (f"{LENGTH}\r\n", "", 411),
-    "length with an underscore": ("Content-L", "Content_L", 411), "length after a space": ("Content-L", " Content-L", 400),
-    "space before the colon of the length": ("Length:", "Length :", 400), "CR instead of dash": ("Content-L", "Content\rL", 400),
-    "length one short": ("17", "16", (401, 400)), "length one long": ("17", "18", (401, 405)), "length 0": ("17", "0", (401, 400)),
-    **{f"length and {coding!r}": (LENGTH, f"{LENGTH}\r\n{coding}", 400) for coding in (
-        CODING, "Transfer-Encoding: identity", "Transfer-Encoding:", "Transfer-Encoding: x", "transfer-encoding:chunked",
-        "Transfer-Encoding : chunked", " Transfer-Encoding: chunked", "X: y\nTransfer-Encoding: chunked",
-        "X: y\rTransfer-Encoding: chunked", "X:\nTransfer-Encoding: chunked", "Transfer-Encoding\r\n : chunked",
-        "Transfer-Encoding:\vchunked", "\0Transfer-Encoding: chunked", "Transfer-Encoding\0: chunked")},
-    "chunked and then the length": (LENGTH, f"{CODING}\r\n{LENGTH}", 400),
-    "length and chunked in HTTP/1.0": ("1.1", f"1.0\r\n{CODING}", 400),
-    "length and Transfer_Encoding": (LENGTH, f"{LENGTH}\r\nTransfer_Encoding: chunked", 200),
-    "length and TE": (LENGTH, f"{LENGTH}\r\nTE: chunked, trailers", 200),
-}
-CODINGS = {
-    "chunked": ("", "", 200), "chunked in another case": ("chunked", "\tcHuNkEd ", 200), "chunked in HTTP/1.0": ("1.1", "1.0", 400),
-    **{f"coding {coding!r}": ("chunked", coding, 501) for coding in (
-        "", "identity", "gzip", "xchunked", "chunkedx", "chunked chunked", "chunked, chunked", "chunked,", ",chunked", "gzip, chunked",
-        "chunked, gzip", "identity, chunked", "chunked, identity", "chunked;a=b", '"chunked"', "chunked\xa0", "\x85chunked",
-        "chun\xe2\x84\xaaed", "chunked\r\nTransfer-Encoding: cow", "cow\r\ntransfer-encoding: chunked", "chunked\r\nTransfer-Encoding:",
-        "chunked\r\nTransfer-Encoding: chunked")},
-    **{f"coding {coding!r}": ("chunked", coding, 400) for coding in (
-        "chunked\0", "\vchunked", "chunked\f", "\r\n chunked", "chunked\r\n x", "chunked\n", "\nchunked", "chunked\r")},
-    "chunked and length 0": (CODING, f"{CODING}\r\nContent-Length: 0", 400),
-    "chunked and an empty length": (CODING, f"{CODING}\r\nContent-Length:", 400),
-}
-CHUNKS = {
-    "two chunks": ("11\r\n{body}", "1\r\n{\r\n010\r\n{rest}", 200),
-    **{f"size {size!r:.40}": ("11", size, 200) for size in (
-        "0" * 5000 + "11", "11;a", "11;a;b=c", '11 ;\ta = "b;c"', '11;a="\\"\\\\\xff";b=""', "11;" + "a" * 8189)},
-    **{f"size {size!r:.40}": ("11", size, 400) for size in (
-        "", "h", "1g", "x11", "0x11", "+11", "-11", "1_1", "1.1", "11.0", "11,", "11 a", " 11", "\t11", "11 ", "11\t", "11\v", "11\f",
-        "11\xa0", "\xd9\xa1\xd9\xa1", "11\0", "11\r", "11\n", "11 \n ", "11\r\r", "11\n\r", "11;a\n", "11;a\nb", "11;a\rb", "11;a\0",
-        "11;\x7f", "11;", "11; ", "11;;a", "11;a=", "11;=a", "11;a b", '11;a="b', '11;a="b"c', '11;a="b\\"', "11;a=b c", "11;\n",
-        "11;" + "a" * 8190)},
-    "LF after size": ("11\r\n", "11\n", 400), "CR after size": ("11\r\n", "11\r", 400), "LF after extension": ("11\r\n", "11;a\n", 400),
-    "LF after data": ("{body}\r\n", "{body}\n", 400), "CR after data": ("{body}\r\n", "{body}\r", 400),
-    "two CRs after data": ("{body}\r\n", "{body}\r\r\n", 400), "nothing after data": ("{body}\r\n", "{body}", 400),
-    "other bytes after data": ("{body}\r\n", "{body}xx", 400), "more bytes after data": ("{body}\r\n", "{body}xx\r\n", 400),
-    "CR and another after data": ("{body}\r\n", "{body}\rx", 400), "another and LF after data": ("{body}\r\n", "{body}x\n", 400),
-    "two ends after data": ("{body}\r\n", "{body}\r\n\r\n", 400), "size one short": ("11", "10", 400), "size one long": ("11", "12", 400),
-    "size over the cap": ("11", "100001", 413), "size of 2**32 + 17": ("11", "100000011", 413),
-    "size of 2**64 + 17": ("11", "10000000000000011", 413), "size of 8 KiB": ("11", "f" * 8192, 413),
-    "no last chunk": ("0\r\n\r\n", "", 400), "last chunk of zeros": ("0\r\n\r\n", "000;a=b\r\n\r\n", 200),
-    "last chunk -0": ("0\r\n\r\n", "-0\r\n\r\n", 400), "LF after the last chunk": ("0\r\n\r\n", "0\n\r\n", 400),
-    "LF as the end": ("0\r\n\r\n", "0\r\n\n", 400), "CR as the end": ("0\r\n\r\n", "0\r\n\r", 400),
-    "two CRs as the end": ("0\r\n\r\n", "0\r\n\r\r\n", 400), "no end": ("0\r\n\r\n", "0\r\n", 400),
-    "an empty line after the end": ("0\r\n\r\n", "0\r\n\r\n\r\n", 200),
-    "two empty lines after the end": ("0\r\n\r\n", "0\r\n\r\n\r\n\r\n", (200, 400)),
-    "a chunk after the end": ("0\r\n\r\n", "0\r\n\r\n0\r\n\r\n", (200, 400)), "trailers": ("0\r\n\r\n", "0\r\nX: y\r\nZ:\r\n\r\n", 200),
-    "trailers that must not be there": ("0\r\n\r\n", "0\r\nContent-Length: 5\r\nTransfer-Encoding: x\r\nHost: y\r\n\r\n", 200),
-    "64 trailers": ("0\r\n\r\n", "0\r\n" + "X: y\r\n" * 64 + "\r\n", 200),
-    **{f"trailer {trailer!r}": ("0\r\n\r\n", f"0\r\n{trailer}\r\n\r\n", 400) for trailer in (
-        "X", "X : y", ": y", " X: y", "X: y\r\n z", "X: y\nZ: z", "X: y\rZ: z", "X: \0", "X: \v", "X\xe9: y", "X: y\r")},
-    "65 trailers": ("0\r\n\r\n", "0\r\n" + "X: y\r\n" * 65 + "\r\n", 431),
-    "trailers of 16 KiB": ("0\r\n\r\n", "0\r\nX: " + "y" * (16_384 - 7) + "\r\n\r\n", 200),
-    "trailers over 16 KiB": ("0\r\n\r\n", "0\r\nX: " + "y" * (16_384 - 6) + "\r\n\r\n", 431),
-}
-FRAMING = {name: (base, *row) for base, *tables in ((SIZED, REQUEST_LINES, FIELDS, LENGTHS), (CHUNKED, CODINGS, CHUNKS))
-           for table in tables for name, row in table.items()}
+# Each row: its name, what is replaced in the delivery, what stands there instead, the statuses that
+# are due.
+REQUEST_LINES = [
+    ("as it should be", "", "", 200),
+    ("an empty line before", "POST", "\r\nPOST", 200),
+    ("two empty lines before", "POST", "\r\n\r\nPOST", 400),
+    ("LF before", "POST", "\nPOST", 400),
+    ("CR before", "POST", "\rPOST", 400),
+    ("NUL before", "POST", "\0POST", 400),
+    ("space before", "POST", " POST", 400),
+    ("space and line before", "POST", " \r\nPOST", 400),
+    ("BOM before", "POST", "\xef\xbb\xbfPOST", 400),
+    ("NUL in method", "POST", "PO\0ST", 400),
+    ("delimiter in method", "POST", "PO(ST", 400),
+    ("not ASCII in method", "POST", "POST\x80", 400),
+    ("no method", "POST", "", 400),
+    ("lower-case method", "POST", "post", 405),
+    ("another method", "POST", "MKCOLA", 405),
+    ("GET with a body", "POST", "GET", 405),
+    ("GET of nothing with a body", "POST /", "GET /x", 404),
+    ("CONNECT", "POST /", "CONNECT x:443", 400),
+    ("GET without a body", "POST", "GET / HTTP/1.1\r\nHost: x\r\n\r\nPOST", (405, 200, 200)),
+    ("absolute form", "/ ", "http://x/ ", 200),
+    ("absolute form without path", "/ ", "HTTPS://x ", 200),
+    ("absolute form without path, query", "/ ", "http://x?a=/b ", 200),
+    ("absolute form of another host", "/ ", "http://y:1/ ", 200),
+    ("absolute form, another scheme", "/ ", "ftp://x/ ", 404),
+    ("absolute form without host", "/ ", "http:/// ", 400),
+    ("asterisk form", "/ ", "* ", 400),
+    ("authority form", "/ ", "x:443 ", 400),
+    ("OPTIONS of everything", "POST /", "OPTIONS *", 404),
+    ("a query alone", "/ ", "?x ", 400),
+    ("a question mark alone", "/ ", "? ", 400),
+    ("no slash", "/ ", "x ", 400),
+    ("two slashes", "/ ", "// ", 404),
+    ("dot segment", "/ ", "/. ", 404),
+    ("encoded slash", "/ ", "/%2f ", 404),
+    ("backslash", "/ ", "/\\ ", 404),
+    ("fragment", "/ ", "/#a ", 404),
+    ("query", "/ ", "/?a=b?c ", 200),
+    ("target of 8 KiB", "/ ", "/?" + "a" * 8190 + " ", 200),
+    ("target over 8 KiB", "/ ", "/?" + "a" * 8191 + " ", 414),
+    ("target over 16 KiB", "/ ", "/" + "a" * 20_000 + " ", 414),
+    ("space in target", "/ ", "/a b ", 400),
+    ("NUL in target", "/ ", "/\0 ", 400),
+    ("DEL in target", "/ ", "/\x7f ", 400),
+    ("not ASCII in target", "/ ", "/\xe9 ", 400),
+    ("CR in target", "/ ", "/\r ", 400),
+    ("LF in target", "/ ", "/\n ", 400),
+    ("no target", " / ", " ", 400),
+    ("two spaces before target", " /", "  /", 400),
+    ("two spaces before version", "/ ", "/  ", 400),
+    ("tab before target", " /", "\t/", 400),
+    ("tab before version", "/ ", "/\t", 400),
+    ("form feed before version", "/ ", "/\f", 400),
+    ("space after", "1.1", "1.1 ", 400),
+    ("tab after", "1.1", "1.1\t", 400),
+    ("words after", "1.1", "1.1 x", 400),
+    ("NUL after", "1.1", "1.1\0", 400),
+    ("only LF after", "1.1\r\n", "1.1\n", 400),
+    ("only CR after", "1.1\r\n", "1.1\r", 400),
+    ("two CRs after", "1.1\r\n", "1.1\r\r\n", 400),
+    ("a folded line after", "1.1\r\n", "1.1\r\n ", 400),
+    ("no version", " HTTP/1.1", "", 400),
+    ("lower-case version", "HTTP", "http", 400),
+    ("space in version", "HTTP/", "HTTP /", 400),
+    ("another protocol", "HTTP/1.1", "RTSP/1.0", 400),
+    ("almost HTTP", "HTTP", "IHTTP", 400),
+    ("HTTP/0.9", "1.1", "0.9", 400),
+    ("HTTP/1", "1.1", "1", 400),
+    ("HTTP/1.", "1.1", "1.", 400),
+    ("HTTP/.1", "1.1", ".1", 400),
+    ("HTTP/1.10", "1.1", "1.10", 400),
+    ("HTTP/01.1", "1.1", "01.1", 400),
+    ("HTTP/1.1.1", "1.1", "1.1.1", 400),
+    ("HTTP/+1.1", "1.1", "+1.1", 400),
+    ("HTTP/1,1", "1.1", "1,1", 400),
+    ("HTTP/1.\xb9", "1.1", "1.\xb9", 400),
+    ("HTTP/909876543210.0", "1.1", "909876543210.0", 400),
+    ("HTTP/1.0", "1.1", "1.0", (200,)),
+    ("HTTP/1.2", "1.1", "1.2", 200),
+    ("HTTP/2.0", "1.1", "2.0", 505),
+    ("HTTP/9.9", "1.1", "9.9", 505),
+    ("HTTP/2", "1.1", "2", 400),
+    ("HTTP/2 with prior knowledge", "POST / HTTP/1.1\r\n", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+    ("TLS in TLS", "POST /", "\x16\x03\1\2\0\1\0\1\xfc\x03\x03", 400),
+]
+FIELDS = [
+    ("no Host", "Host: x\r\n", "", 400),
+    ("no Host in HTTP/1.0", "1.1\r\nHost: x", "1.0", (200,)),
+    ("no Host in absolute form", "/ HTTP/1.1\r\nHost: x", "http://x/ HTTP/1.1", 400),
+    ("two Hosts", "Host: x", "Host: x\r\nHost: x", 400),
+    ("two Hosts, one empty", "Host: x", "Host:\r\nHost: x", 400),
+    ("Host empty", "Host: x", "Host:", 200),
+    ("Host with port", "Host: x", "Host: x:8443", 200),
+    ("Host an IPv6 address", "Host: x", "Host: [::1]:8443", 200),
+    ("Host a list", "Host: x", "Host: x, y", 400),
+    ("Host with path", "Host: x", "Host: x/y", 400),
+    ("Host with user", "Host: x", "Host: y@x", 400),
+    ("Host with space", "Host: x", "Host: x y", 400),
+    ("Host with odd port", "Host: x", "Host: x:y", 400),
+    ("Host not ASCII", "Host: x", "Host: \xe9", 400),
+    ("no space after colon", "Host: x", "Host:x", 200),
+    ("spaces and tabs around a value", "Host: x", "Host: \t x\t ", 200),
+    ("empty value", "Host", "X:\r\nHost", 200),
+    ("value not ASCII", "Host", "X: \xff\xe2\x82\xac\r\nHost", 200),
+    ("every character of a token", "Host", "!#$%&'*+-.^_`|~09azAZ: y\r\nHost", 200),
+    ("space before colon", "Host", "X : y\r\nHost", 400),
+    ("tab before colon", "Host", "X\t: y\r\nHost", 400),
+    ("Host with space before colon", "Host:", "Host :", 400),
+    ("no colon", "Host", "X\r\nHost", 400),
+    ("no name", "Host", ": y\r\nHost", 400),
+    ("space in name", "Host", "X Y: z\r\nHost", 400),
+    ("@ in name", "Host", "X@: y\r\nHost", 400),
+    ("NUL in name", "Host", "X\0: y\r\nHost", 400),
+    ("control in name", "Host", "X\1: y\r\nHost", 400),
+    ("CR in name", "Host", "X\rY: z\r\nHost", 400),
+    ("LF in name", "Host", "X\nY: z\r\nHost", 400),
+    ("name not ASCII", "Host", "\xe9: y\r\nHost", 400),
+    ("folded", "Host", "X: y\r\n z\r\nHost", 400),
+    ("folded with a tab", "Host", "X: y\r\n\tz\r\nHost", 400),
+    ("folded, first of all", "Host", " X: y\r\nHost", 400),
+    ("folded name", "Host", "X\r\n : y\r\nHost", 400),
+    ("a line of one space", "Host", " \r\nHost", 400),
+    ("fold of nothing at the end", "17\r\n", "17\r\n \r\n", 400),
+    ("LF in value", "Host", "X: y\nZ: z\r\nHost", 400),
+    ("CR in value", "Host", "X: y\rZ: z\r\nHost", 400),
+    ("two CRs at the end of a line", "Host", "X: y\r\r\nHost", 400),
+    ("NUL in value", "Host", "X: y\0\r\nHost", 400),
+    ("DEL in value", "Host", "X: \x7f\r\nHost", 400),
+    ("vertical tab in value", "Host", "X: \v\r\nHost", 400),
+    ("form feed in value", "Host", "X: y\fz\r\nHost", 400),
+    ("escape in value", "Host", "X: \x1b[2J\r\nHost", 400),
+    ("LF as the empty line", "17\r\n\r\n", "17\r\n\n", 400),
+    ("CR as the empty line", "17\r\n\r\n", "17\r\n\r", 400),
+    ("LF and the empty line", "17\r\n\r\n", "17\n\r\n", 400),
+    ("two CRs in the empty line", "17\r\n\r\n", "17\r\n\r\r\n", 400),
+    ("no empty line", "17\r\n\r\n", "17\r\n", 400),
+    ("64 fields", "Host", "X: y\r\n" * 61 + "Host", 200),
+    ("65 fields", "Host", "X: y\r\n" * 62 + "Host", 431),
+    ("head over 16 KiB", "Host", "X: " + "y" * 16_384 + "\r\nHost", 431),
+    ("no token", "Authorization: Bearer {token}\r\n", "", 401),
+    ("no token, no body", "Authorization: Bearer {token}\r\nContent-Length: 17\r\n\r\n{body}",
+     "Content-Length: 0\r\n\r\n", (401, 200)),
+    ("two tokens", "Host", "Authorization: Bearer {token}\r\nHost", 401),
+    ("a token and an empty one", "Host", "Authorization:\r\nHost", 401),
+    ("Expect", "Host", "Expect: 100-Continue\r\nHost", 200),
+    ("another expectation", "Host", "Expect: 200-ok\r\nHost", 417),
+    ("two expectations", "Host", "Expect: 100-continue, x\r\nHost", 417),
+    ("Expect empty", "Host", "Expect:\r\nHost", 417),
+    ("Expect in HTTP/1.0", "1.1", "1.0\r\nExpect: 100-continue", (200,)),
+    ("Upgrade to h2c", "Host",
+     "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+     "HTTP2-Settings: AAMAAABkAAQAAP__\r\nHost", 200),
+    ("Upgrade to a WebSocket", "Host", "Connection: upgrade\r\nUpgrade: websocket\r\nHost", 200),
+    ("Connection: close", "Host", "Connection: keep-alive, ,Close\r\nHost", (200,)),
+    ("Connection and tab", "Host", "Connection: close\t\r\nHost", (200,)),
+    ("Connections", "Host", "Connection: x\r\nConnection: close\r\nHost", (200,)),
+    ("Connection names Content-Length", "Host",
+     "Connection: Content-Length, Authorization\r\nHost", 200),
+    ("Connection: closed", "Host", "Connection: closed\r\nHost", 200),
+    ("keep-alive in HTTP/1.0", "1.1", "1.0\r\nConnection: Keep-Alive", 200),
+    ("keep-alive and close in HTTP/1.0", "1.1", "1.0\r\nConnection: close, keep-alive", (200,)),
+]
+LENGTHS = [
+    ("zeros before the length", "17", "000017", 200),
+    ("tabs around the length", ": 17", ":\t17\t ", 200),
+    ("name in lower case", "Content-L", "content-l", 200),
+    ("length and the same again", LENGTH, f"{LENGTH}\r\n{LENGTH}", 400),
+    ("length and another", LENGTH, f"{LENGTH}\r\nContent-Length: 0", 400),
+    ("another and the length", LENGTH, f"content-length: 5\r\n{LENGTH}", 400),
+    ("an empty one and the length", LENGTH, f"Content-Length:\r\n{LENGTH}", 400),
+    ("length over the cap", "17", "1048577", 413),
+    ("length of 2**32 + 17", "17", str(2**32 + 17), 413),
+    ("length of 2**64 + 17", "17", str(2**64 + 17), 413),
+    ("length of 5000 digits", "17", "9" * 5000, 413),
+    ("no length", f"{LENGTH}\r\n", "", 411),
+    ("length with an underscore", "Content-L", "Content_L", 411),
+    ("length after a space", "Content-L", " Content-L", 400),
+    ("space before the colon of the length", "Length:", "Length :", 400),
+    ("CR instead of dash", "Content-L", "Content\rL", 400),
+    ("length one short", "17", "16", (401, 400)),
+    ("length one long", "17", "18", (401, 405)),
+    ("length 0", "17", "0", (401, 400)),
+    ("chunked and then the length", LENGTH, f"{CODING}\r\n{LENGTH}", 400),
+    ("length and chunked in HTTP/1.0", "1.1", f"1.0\r\n{CODING}", 400),
+    ("length and Transfer_Encoding", LENGTH, f"{LENGTH}\r\nTransfer_Encoding: chunked", 200),
+    ("length and TE", LENGTH, f"{LENGTH}\r\nTE: chunked, trailers", 200),
+]
+CODINGS = [
+    ("chunked", "", "", 200),
+    ("chunked in another case", "chunked", "\tcHuNkEd ", 200),
+    ("chunked in HTTP/1.0", "1.1", "1.0", 400),
+    ("chunked and length 0", CODING, f"{CODING}\r\nContent-Length: 0", 400),
+    ("chunked and an empty length", CODING, f"{CODING}\r\nContent-Length:", 400),
+]
+CHUNKS = [
+    ("two chunks", "11\r\n{body}", "1\r\n{\r\n010\r\n{rest}", 200),
+    ("LF after size", "11\r\n", "11\n", 400),
+    ("CR after size", "11\r\n", "11\r", 400),
+    ("LF after extension", "11\r\n", "11;a\n", 400),
+    ("LF after data", "{body}\r\n", "{body}\n", 400),
+    ("CR after data", "{body}\r\n", "{body}\r", 400),
+    ("two CRs after data", "{body}\r\n", "{body}\r\r\n", 400),
+    ("nothing after data", "{body}\r\n", "{body}", 400),
+    ("other bytes after data", "{body}\r\n", "{body}xx", 400),
+    ("more bytes after data", "{body}\r\n", "{body}xx\r\n", 400),
+    ("CR and another after data", "{body}\r\n", "{body}\rx", 400),
+    ("another and LF after data", "{body}\r\n", "{body}x\n", 400),
+    ("two ends after data", "{body}\r\n", "{body}\r\n\r\n", 400),
+    ("size one short", "11", "10", 400),
+    ("size one long", "11", "12", 400),
+    ("size over the cap", "11", "100001", 413),
+    ("size of 2**32 + 17", "11", "100000011", 413),
+    ("size of 2**64 + 17", "11", "10000000000000011", 413),
+    ("size of 8 KiB", "11", "f" * 8192, 413),
+    ("no last chunk", "0\r\n\r\n", "", 400),
+    ("last chunk of zeros", "0\r\n\r\n", "000;a=b\r\n\r\n", 200),
+    ("last chunk -0", "0\r\n\r\n", "-0\r\n\r\n", 400),
+    ("LF after the last chunk", "0\r\n\r\n", "0\n\r\n", 400),
+    ("LF as the end", "0\r\n\r\n", "0\r\n\n", 400),
+    ("CR as the end", "0\r\n\r\n", "0\r\n\r", 400),
+    ("two CRs as the end", "0\r\n\r\n", "0\r\n\r\r\n", 400),
+    ("no end", "0\r\n\r\n", "0\r\n", 400),
+    ("an empty line after the end", "0\r\n\r\n", "0\r\n\r\n\r\n", 200),
+    ("two empty lines after the end", "0\r\n\r\n", "0\r\n\r\n\r\n\r\n", (200, 400)),
+    ("a chunk after the end", "0\r\n\r\n", "0\r\n\r\n0\r\n\r\n", (200, 400)),
+    ("trailers", "0\r\n\r\n", "0\r\nX: y\r\nZ:\r\n\r\n", 200),
+    ("trailers that must not be there", "0\r\n\r\n",
+     "0\r\nContent-Length: 5\r\nTransfer-Encoding: x\r\nHost: y\r\n\r\n", 200),
+    ("64 trailers", "0\r\n\r\n", "0\r\n" + "X: y\r\n" * 64 + "\r\n", 200),
+    ("65 trailers", "0\r\n\r\n", "0\r\n" + "X: y\r\n" * 65 + "\r\n", 431),
+    ("trailers of 16 KiB", "0\r\n\r\n", "0\r\nX: " + "y" * (16_384 - 7) + "\r\n\r\n", 200),
+    ("trailers over 16 KiB", "0\r\n\r\n", "0\r\nX: " + "y" * (16_384 - 6) + "\r\n\r\n", 431),
+]
+
+# Values of one place that have the same outcome.
+BAD_LENGTHS = [
+    "+17", "-17", "17.0", "1_7", "0x11", "1e1", "17h", "1 7", "17 17", "17,17", "17, 17", "17;",
+    '"17"', "", "x", "\v17", "17\f", "17\xa0", "\x8517", "1\xb2", "\xd9\xa1\xd9\xa7", "17\0",
+    "17\r\n 17", "\r\n 17", "17\n", "\r17", "1\r7",
+]
+CODINGS_BESIDE_A_LENGTH = [
+    CODING, "Transfer-Encoding: identity", "Transfer-Encoding:", "Transfer-Encoding: x",
+    "transfer-encoding:chunked", "Transfer-Encoding : chunked", " Transfer-Encoding: chunked",
+    "X: y\nTransfer-Encoding: chunked", "X: y\rTransfer-Encoding: chunked",
+    "X:\nTransfer-Encoding: chunked", "Transfer-Encoding\r\n : chunked",
+    "Transfer-Encoding:\vchunked", "\0Transfer-Encoding: chunked", "Transfer-Encoding\0: chunked",
+]
+UNKNOWN_CODINGS = [
+    "", "identity", "gzip", "xchunked", "chunkedx", "chunked chunked", "chunked, chunked",
+    "chunked,", ",chunked", "gzip, chunked", "chunked, gzip", "identity, chunked",
+    "chunked, identity", "chunked;a=b", '"chunked"', "chunked\xa0", "\x85chunked",
+    "chun\xe2\x84\xaaed", "chunked\r\nTransfer-Encoding: cow", "cow\r\ntransfer-encoding: chunked",
+    "chunked\r\nTransfer-Encoding:", "chunked\r\nTransfer-Encoding: chunked",
+]
+BAD_CODINGS = [
+    "chunked\0", "\vchunked", "chunked\f", "\r\n chunked", "chunked\r\n x", "chunked\n",
+    "\nchunked", "chunked\r",
+]
+GOOD_SIZES = [
+    "0" * 5000 + "11", "11;a", "11;a;b=c", '11 ;\ta = "b;c"', '11;a="\\"\\\\\xff";b=""',
+    "11;" + "a" * 8189,
+]
+BAD_SIZES = [
+    "", "h", "1g", "x11", "0x11", "+11", "-11", "1_1", "1.1", "11.0", "11,", "11 a", " 11", "\t11",
+    "11 ", "11\t", "11\v", "11\f", "11\xa0", "\xd9\xa1\xd9\xa1", "11\0", "11\r", "11\n", "11 \n ",
+    "11\r\r", "11\n\r", "11;a\n", "11;a\nb", "11;a\rb", "11;a\0", "11;\x7f", "11;", "11; ", "11;;a",
+    "11;a=", "11;=a", "11;a b", '11;a="b', '11;a="b"c', '11;a="b\\"', "11;a=b c", "11;\n",
+    "11;" + "a" * 8190,
+]
+BAD_TRAILERS = [
+    "X", "X : y", ": y", " X: y", "X: y\r\n z", "X: y\nZ: z", "X: y\rZ: z", "X: \0", "X: \v",
+    "X\xe9: y", "X: y\r",
+]
+
+
+def each_of(what, old, values, due, form="{}"):
+    """Return a row for each value in the place of `old`."""
+    return [(f"{what} {value!r:.40}", old, form.format(value), due) for value in values]
+
+
+SIZED_ROWS = [
+    *REQUEST_LINES,
+    *FIELDS,
+    *LENGTHS,
+    *each_of("length", "17", BAD_LENGTHS, 400),
+    *each_of("length and", LENGTH, CODINGS_BESIDE_A_LENGTH, 400, form=LENGTH + "\r\n{}"),
+]
+CHUNKED_ROWS = [
+    *CODINGS,
+    *each_of("coding", "chunked", UNKNOWN_CODINGS, 501),
+    *each_of("coding", "chunked", BAD_CODINGS, 400),
+    *CHUNKS,
+    *each_of("size", "11", GOOD_SIZES, 200),
+    *each_of("size", "11", BAD_SIZES, 400),
+    *each_of("trailer", "0\r\n\r\n", BAD_TRAILERS, 400, form="0\r\n{}\r\n\r\n"),
+]
+FRAMING = {name: (SIZED, old, new, due) for name, old, new, due in SIZED_ROWS}
+FRAMING |= {name: (CHUNKED, old, new, due) for name, old, new, due in CHUNKED_ROWS}
 
 
 def framed(case):
-    """Return the bytes of one row and of the good delivery behind it, and the statuses that are due on that connection."""
+    """Return the bytes of a row with the good delivery behind it, and the statuses that are due."""
     base, old, new, due = FRAMING[case]
     assert not old or base.count(old) == 1
     body = b'{"a":"%09x"}' % random.getrandbits(36)
     raw = base.replace(old, new) if old else base
-    raw = raw.replace("{token}", token(body)).replace("{rest}", body[1:].decode()).replace("{body}", body.decode())
-    due = due if isinstance(due, tuple) else (200, 200) if due == 200 else (due,)
+    for name, value in (("token", token(body)), ("rest", body[1:].decode()), ("body", body.decode())):
+        raw = raw.replace(f"{{{name}}}", value)
+    if due == 200:
+        due = (200, 200)
+    elif not isinstance(due, tuple):
+        due = (due,)
     return raw.encode("latin-1") + post(event(), "Connection: close", path="/?next"), due
 
 
