@@ -4,6 +4,7 @@ Run with `python3 -m pytest`. Sections in the order of the module.
 """
 from __future__ import annotations
 
+import ast
 import base64
 import collections
 import contextlib
@@ -20,6 +21,7 @@ import random
 import re
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -283,6 +285,14 @@ def readme(heading, number=0):
     """Return a block of the README below `heading`: what is printed there is what the tests run."""
     below = (HERE / "README.md").read_text("utf-8").partition(heading)[2]
     return re.findall(r"^```\w*\n(.*?)^```$", below, re.MULTILINE | re.DOTALL)[number]
+
+
+def replaced(text, values):
+    """Return a recipe with a test's paths and ports in the place of its own, each of which it has."""
+    for old, new in values.items():
+        assert old in text, old
+        text = text.replace(old, str(new))
+    return text
 
 
 def program(name):
@@ -5140,11 +5150,7 @@ def shell(service, certificate, start, tmp_path):
                                 env={**CLEAN, **OURS, "PATH": path})
 
 
-@pytest.mark.parametrize("waits", [False, True])
-def test_feedback_is_fetched_as_soon_as_it_is_complete(serve, service, shell, tmp_path, waits):
-    recipe = readme("## Fetch interview data", 1)
-    if waits:
-        recipe = recipe.replace("python3", readme("## Fetch interview data", 2) + "python3")
+def test_feedback_is_fetched_as_soon_as_it_is_complete(serve, service, shell, tmp_path):
     service.has("a", reply(200, b'{"notes":\r\n"x"}'))
     server, fetched = serve(), tmp_path / "interviews.jsonl"
 
@@ -5155,7 +5161,7 @@ def test_feedback_is_fetched_as_soon_as_it_is_complete(serve, service, shell, tm
             assert server.deliver(body)[0] == 200
         return fetched.exists() and fetched.read_text()
 
-    pipeline = shell(recipe)
+    pipeline = shell(readme("## Fetch interview data"))
     try:
         assert until(is_fetched)
     finally:
@@ -5170,7 +5176,7 @@ def test_all_interviews_of_a_log_can_be_fetched(service, shell, tmp_path):
         for code, stage in stages:
             log.write(line_of(event(interviewCode=code, currentStage={"value": stage})))
     service.has("c", reply(200, b"{}"))
-    recipe = readme("## Fetch interview data", 3)
+    recipe = readme("## Fetch interview data", 1)
     assert shell(recipe).wait(30) == 1  # of "a" the service has nothing
     assert (tmp_path / "interviews.jsonl").read_text() == "{}\n"
     assert sorted(service.asked) == ["/api/interviews/a", "/api/interviews/c"]
@@ -5263,33 +5269,22 @@ def test_logrotate_under_load_loses_nothing_and_tail_sees_every_line(serve, star
         assert shown == ids[:len(shown)] and len(shown) > len(ids) - 10, (ids, seen)
 
 
-def haproxy(start, folder, certificate, ports, receivers):
-    (folder / "both.pem").write_bytes(b"".join(pathlib.Path(path).read_bytes() for path in certificate))
-    text = readme("<b>HAProxy</b>").replace("/etc/haproxy/your.host.pem", str(folder / "both.pem"))
-    for old, new in zip(("bind :443", "bind :444", "127.0.0.1:8443", "192.0.2.1:8443", "192.0.2.2:8443"),
-                        (*(f"bind 127.0.0.1:{port}" for port in ports), *(f"127.0.0.1:{port}" for port in receivers))):
-        assert old in text
-        text = text.replace(old, new)
-    (folder / "haproxy.cfg").write_text(text)
-    start("haproxy", "-f", folder / "haproxy.cfg")
+def start_nginx(start, folder, certificate, port, receiver):
+    text = replaced(readme("<b>nginx</b>"), {
+        "127.0.0.1:8443": f"127.0.0.1:{receiver}", "listen 443": f"listen 127.0.0.1:{port}",
+        "/etc/letsencrypt/live/your.host/fullchain.pem": certificate[0],
+        "/etc/letsencrypt/live/your.host/privkey.pem": certificate[1]})
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    folders = "".join(f"{kind}_temp_path {folder};" for kind in kinds)
+    (folder / "nginx.conf").write_text(
+        f"pid {folder}/pid; error_log stderr; daemon off; master_process off; events {{}}\n"
+        f"http {{ access_log off; {folders}\n{text}}}\n")
+    start("nginx", "-c", folder / "nginx.conf")
 
 
-@pytest.mark.parametrize("proxy", ["nginx", "haproxy"])
-def test_a_proxy_that_ends_tls_is_believed_about_the_address(serve, start, certificate, tmp_path, proxy):
+def test_a_proxy_that_ends_tls_is_believed_about_the_address(serve, start, certificate, tmp_path):
     server, port = serve("--behind-proxy"), free_port()
-    if proxy == "nginx":
-        text = readme("<b>nginx</b>")
-        for old, new in (("127.0.0.1:8443", f"127.0.0.1:{server.port}"), ("listen 443", f"listen 127.0.0.1:{port}"),
-                         ("/etc/letsencrypt/live/your.host/fullchain.pem", certificate[0]),
-                         ("/etc/letsencrypt/live/your.host/privkey.pem", certificate[1])):
-            assert old in text
-            text = text.replace(old, new)
-        temporary = "".join(f"{name}_temp_path {tmp_path};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
-        (tmp_path / "nginx.conf").write_text(f"pid {tmp_path}/pid; error_log stderr; daemon off; master_process off; events {{}}\n"
-                                             f"http {{ access_log off; {temporary}\n{text}}}\n")
-        start("nginx", "-c", tmp_path / "nginx.conf")
-    else:
-        haproxy(start, tmp_path, certificate, (port, free_port()), [server.port] * 3)
+    start_nginx(start, tmp_path, certificate, port, server.port)
     server.port = port
 
     def healthy():
@@ -5310,7 +5305,7 @@ def test_a_proxy_that_ends_tls_is_believed_about_the_address(serve, start, certi
 def test_two_receivers_behind_haproxy_of_which_one_is_killed_make_one_log(serve, start, certificate, tmp_path):
     if not list(pathlib.Path("/usr/lib").glob("**/rsyslog/omrelp.so")):
         pytest.skip("rsyslog-relp is not installed")
-    servers, port, ports, collected = [], free_port(), (free_port(), free_port()), tmp_path / "collected"
+    servers, port, balanced, collected = [], free_port(), free_port(), tmp_path / "collected"
     shippers = [readme("<b>rsyslog</b>", 1).replace("/srv/skype", str(collected))]
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
@@ -5323,10 +5318,13 @@ def test_two_receivers_behind_haproxy_of_which_one_is_killed_make_one_log(serve,
         (tmp_path / f"rsyslog.{number}").write_text(text.replace('port="2514"', f'port="{port}"'))
         start("rsyslogd", "-n", "-f", tmp_path / f"rsyslog.{number}", "-i", tmp_path / f"rsyslog.{number}.pid")
         assert until(lambda: listens(port))  # the collector: a shipper that finds none tries again much later
-    haproxy(start, tmp_path, certificate, ports, [servers[0].port, servers[0].port, servers[1].port])
+    (tmp_path / "haproxy.cfg").write_text(replaced(readme("<b>HAProxy</b>", 1), {
+        "bind :443": f"bind 127.0.0.1:{balanced}", "192.0.2.1:8443": f"127.0.0.1:{servers[0].port}",
+        "192.0.2.2:8443": f"127.0.0.1:{servers[1].port}"}))
+    start("haproxy", "-f", tmp_path / "haproxy.cfg")
     odd = b'{"event":\t"State","currentStage":{"value":"\x7f\xc3\xa4 #011 %msg%"},"big":"' + b"x" * 100_000 + b'"}'
     assert servers[0].deliver(odd)[0] == servers[1].deliver(odd)[0] == 200
-    with delivering(ports[1], tries=100) as (acknowledged, refused):
+    with delivering(balanced, tries=100) as (acknowledged, refused):
         grows(acknowledged, 100)
         servers[1].process.kill()
         grows(acknowledged, 100)
@@ -5335,3 +5333,292 @@ def test_two_receivers_behind_haproxy_of_which_one_is_killed_make_one_log(serve,
     assert until(lambda: {line for path in collected.iterdir() for line in path.read_bytes().splitlines()} == lines, 60)
     assert refused == [] and set(ids_in(*collected.iterdir())) == acknowledged
     assert all(len(set(server.ids()) & acknowledged) > 20 for server in servers)
+
+
+# --- The README: its other lines, run; its words, compared ---
+
+README = (HERE / "README.md").read_text("utf-8")
+
+
+def commands(text):
+    """Yield the words of the program's own commands in a text, also of those within a pipeline."""
+    for line in re.findall(r"python3 (?:[\w/]*/)?skype_webhook\.py([^`|>#\n]*)", text):
+        yield shlex.split(line.replace("[", "").replace("]", ""))
+
+
+def run_bash(recipe, folder, **environment):
+    done = subprocess.run(["bash", "-c", recipe], cwd=folder, env={**CLEAN, **environment},
+                          capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def write_env(path, **settings):
+    path.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
+    path.chmod(0o600)
+
+
+def write_log(path, *events):
+    path.write_bytes(b"".join(line_of(each) for each in events))
+
+
+def test_the_readme_is_short_enough_to_be_finished():
+    assert len(README.splitlines()) <= 350
+
+
+def test_every_command_of_the_readme_is_one(monkeypatch):
+    monkeypatch.setattr(sys, "argv", PROGRAM)
+    found = list(commands(README))
+    for words in found:
+        command = words.pop(0) if words and words[0] in sw.COMMANDS else "serve"
+        assert sw.make_parser(command).parse_args(words)
+    assert len(found) > 10
+
+
+def test_the_demo_prints_what_the_readme_shows(start, tmp_path):
+    shown = readme("The demo makes").splitlines()
+    with open(tmp_path / "said", "wb") as said:
+        demo = start(*PROGRAM, "demo", cwd=tmp_path, stdout=said, stderr=said)
+    assert until(lambda: "3. end with" in (tmp_path / "said").read_text())
+    demo.send_signal(signal.SIGINT)
+    assert demo.wait(30) == 0
+
+    def shape(line):
+        """Return a line without what each run has anew."""
+        line = re.sub(r"demo[.:][\w-]+|python3 \S+|127.0.0.1:\d+|\b[0-9a-f]{64}\b", "*", line)
+        return re.sub(r"[\d:.T-]+(Z| ms)", "*", line)
+
+    said = {shape(line.rstrip()) for line in (tmp_path / "said").read_text().splitlines()}
+    assert [line for line in map(shape, shown) if line not in said] == []
+
+
+def test_the_readme_s_own_authority_is_trusted_by_send(start, tmp_path):
+    run_bash(readme("These lines make a certificate authority"), tmp_path)
+    shutil.copy(HERE / "example.env", tmp_path)
+    run_bash(re.search(r"`(cp example.env [^`]*)`", README)[1], tmp_path)
+    text = (tmp_path / ".env").read_text()
+    for name, value in OURS.items():
+        text = re.sub(rf"^{name}=.*", f"{name}={value}", text, flags=re.MULTILINE)
+    (tmp_path / ".env").write_text(text)
+    port, environment = free_port(), {**CLEAN, "SKYPE_HOST": "127.0.0.1"}
+    serving = next(words for words in commands(README) if "--cert" in words)
+    sending = next(words for words in commands(README) if "ca.pem" in words)
+    start(*PROGRAM, *serving, "--port", str(port), cwd=tmp_path, env=environment)
+    assert until(lambda: listens(port))
+    words = [word.replace("8443", str(port)) for word in sending]
+    code, out, err = run(*words, cwd=tmp_path)
+    assert (code, out.split()[0], err) == (0, "recorded", "")
+
+
+def test_the_unit_s_command_serves_by_its_env_file(start, certificate, tmp_path):
+    unit = readme("skype-webhook.service", 1)
+    words = re.search(r"^ExecStart=/usr/bin/python3 -I \S+ (.*)$", unit, re.MULTILINE)[1]
+    words = replaced(words, {"%d": tmp_path})
+    port = free_port()
+    write_env(tmp_path / "env", **OURS, SKYPE_PORT=port,
+              SKYPE_TLS_CERT=certificate[0], SKYPE_TLS_KEY=certificate[1])
+    start(sys.executable, "-I", *PROGRAM[1:], *words.split(), cwd=tmp_path, env=CLEAN)
+    assert until(lambda: listens(port))
+    body = event()
+    with Peer(port) as peer:
+        assert peer.ask(post(body)) == 200
+    assert ids_in(tmp_path / "events.jsonl") == [sha256(body)]
+
+
+def test_the_container_s_command_serves_from_its_folders(start, certificate, tmp_path):
+    dockerfile = readme("<b>Container</b>")
+    words = json.loads(re.search(r"^ENTRYPOINT (.*)$", dockerfile, re.MULTILINE)[1])
+    for name, source in zip(("cert.pem", "key.pem"), certificate):
+        shutil.copy(source, tmp_path / name)
+    port = free_port()
+    write_env(tmp_path / "env", **OURS, SKYPE_PORT=port)
+    words = [word.replace("/secrets", str(tmp_path)) for word in words[3:]]
+    start(sys.executable, "-I", *PROGRAM[1:], *words, cwd=tmp_path, env=CLEAN)
+    assert until(lambda: listens(port))
+    with Peer(port) as peer:
+        assert peer.ask(post(event())) == 200
+
+
+def test_the_files_that_systemd_needs_are_installed(tmp_path):
+    for name in ("skype_webhook.py", "example.env"):
+        shutil.copy(HERE / name, tmp_path)
+    first = re.search(r"`(cp example.env [^`]*)`", README)[1]
+    lines = readme("Put the two files into place").splitlines()
+    install = "\n".join([first, *[line for line in lines if line.startswith("install")]])
+    paths = {"/usr/local": tmp_path / "usr", "/etc": tmp_path / "etc"}
+    run_bash(replaced(install, paths), tmp_path)
+    env = tmp_path / "etc" / "skype-webhook" / "env"
+    assert env.read_bytes() == (HERE / "example.env").read_bytes()
+    assert env.stat().st_mode & 0o777 == (tmp_path / ".env").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "usr" / "lib" / "skype_webhook.py").is_file()
+
+
+def test_the_certificate_s_group_is_set_as_the_readme_says(tmp_path):
+    recipe = re.search(r"`(chgrp [^`]*)`", README)[1]
+    for name in ("live", "archive"):
+        (tmp_path / name).mkdir(mode=0o700)
+    (tmp_path / "archive" / "privkey.pem").touch(0o600)
+    run_bash(replaced(recipe, {"/etc/letsencrypt": tmp_path, "ssl-cert": os.getgid()}), tmp_path)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("live", "archive/privkey.pem")]
+    assert modes == [0o750, 0o640]
+
+
+def test_a_certificate_of_one_s_own_is_put_where_the_receiver_reads_it(certificate, tmp_path):
+    recipe = re.search(r"`(install -g ssl-cert [^`]*)`", README)[1]
+    (tmp_path / "private").mkdir()
+    for name, source in zip(("cert.pem", "key.pem"), certificate):
+        shutil.copy(source, tmp_path / name)
+    run_bash(replaced(recipe, {"ssl-cert": os.getgid(), "/etc/ssl": tmp_path}), tmp_path)
+    assert (tmp_path / "private" / "key.pem").stat().st_mode & 0o777 == 0o640
+
+
+def test_the_jq_lines_of_the_readme_read_a_log(tmp_path):
+    program("jq")
+    code = re.search(r"select\(\.subject == \"(.*)\"", README)[1]
+    write_log(tmp_path / "events.jsonl", event(interviewCode=code), event(interviewCode="b"))
+    lines = [line for line in readme("## The log").splitlines() if line.startswith("jq")]
+    time_ = "2018-02-26T17:50:17.4862382Z"
+    row = f"{time_}\t%s\tSchedulingTime\n"
+    assert run_bash(lines[0], tmp_path) == row % code + row % "b"
+    assert run_bash(lines[1], tmp_path) == time_ + "\n"
+
+
+def test_the_duckdb_lines_of_the_readme_read_logs(tmp_path):
+    duckdb = pytest.importorskip("duckdb")
+    one, other = event(interviewCode="a"), event(interviewCode="b")
+    write_log(tmp_path / "events.jsonl", one, other)
+    write_log(tmp_path / "copy.jsonl", other)
+    query = re.search(r'^duckdb -c "(.*)"$', README, re.MULTILINE)[1]
+    query = replaced(query, {"events.jsonl": tmp_path / "events.jsonl"})
+    assert {row[0] for row in duckdb.sql(query).fetchall()} == {"a", "b"}
+    query = replaced(readme("<b>rsyslog</b>", 2), {"/srv/skype/": f"{tmp_path}/"})
+    assert {row[0] for row in duckdb.sql(query).fetchall()} == {sha256(one), sha256(other)}
+    assert len(duckdb.sql(query).fetchall()) == 2
+
+
+def test_the_timeline_of_the_readme_is_what_timeline_prints(tmp_path):
+    command, code, *rows = readme("## Live view and timeline").splitlines()
+    previous, day, log = "InterviewCreated", "2026-11-24T", b""
+    for row in rows:
+        when, stage = row.split()[1:3]
+        previous = "InterviewCompleted" if "gap" in row else previous
+        body = event(interviewCode=code, timestamp=f"{day}{when}Z",
+                     previousStage={"value": previous}, currentStage={"value": stage})
+        log += line_of(body, 2 if "late" in row else 1)
+        previous = stage
+    (tmp_path / "events.jsonl").write_bytes(log)
+    command = command.replace("$ python3 skype_webhook.py", shlex.join(PROGRAM))
+    said = run_bash(command, tmp_path, TZ="UTC", **OURS)
+    assert [line.rstrip() for line in said.splitlines() if line] == [code, *rows]
+
+
+@pytest.fixture
+def erase(tmp_path):
+    """Return a function that erases an interview by the README's recipe, in the folder `logs`."""
+    logrotate, folder = program("logrotate"), tmp_path / "logs"
+    folder.mkdir()
+    rules = readme("logrotate.d").replace("/var/lib/skype-webhook", str(folder))
+    (tmp_path / "rules").write_text(rules)
+    recipe = replaced(readme("**To erase"), {
+        "/var/lib/skype-webhook": folder, "sleep 30": "sleep 0.5",
+        "logrotate -f /etc/logrotate.d/skype-webhook": f"{logrotate} -f -s ../state ../rules"})
+    return lambda code: run_bash(re.sub("^code=.*", f"code={code}", recipe), tmp_path)
+
+
+def read_log(path):
+    content = path.read_bytes()
+    return gzip.decompress(content) if path.suffix == ".gz" else content
+
+
+def test_one_interview_is_erased_from_all_logs_meanwhile(serve, erase, tmp_path):
+    folder = tmp_path / "logs"
+    erased = [event(interviewCode="a-code", n=n) for n in range(3)]
+    others = [event() for _ in range(4)]
+    packed = line_of(erased[0]) + line_of(others[0])
+    (folder / "events.jsonl-20260101-000000.gz").write_bytes(gzip.compress(packed))
+    write_log(folder / "events.jsonl-20260108-000000", others[1], erased[1])
+    server = serve(folder=folder)
+    for body in (erased[2], others[2]):
+        assert server.deliver(body)[0] == 200
+
+    erase("a-code")
+    assert server.deliver(others[3])[0] == 200
+    text = b"".join(read_log(path) for path in folder.glob("events.jsonl*"))
+    ids = re.findall(rb'"id":"(\w+)"', text)
+    assert sorted(ids) == sorted(sha256(body).encode() for body in others)
+    assert b"a-code" not in text and not (folder / "erased").exists()
+
+
+def test_what_is_erased_leaves_its_log_as_old_and_private_as_before(erase, tmp_path):
+    log = tmp_path / "logs" / "events.jsonl-20260108-000000.gz"
+    log.write_bytes(gzip.compress(line_of(event())))
+    log.chmod(0o600)
+    then = int(time.time()) - 86_400
+    os.utime(log, (then, then))
+    erase("a-code")
+    assert (log.stat().st_mtime, log.stat().st_mode & 0o777) == (then, 0o600)
+
+
+def test_logs_are_deleted_after_half_a_year(erase, tmp_path):
+    folder = tmp_path / "logs"
+    logs = {days: folder / f"events.jsonl-20200101-000{days}.gz" for days in (170, 200)}
+    for days, log in logs.items():
+        log.write_bytes(gzip.compress(line_of(event())))
+        then = time.time() - days * 86_400
+        os.utime(log, (then, then))
+    write_log(folder / "events.jsonl", event())
+    erase("a-code")  # by which all logs are rotated
+    assert logs[170].exists() and not logs[200].exists()
+
+
+def test_a_backup_under_load_has_every_line_up_to_its_moment(serve, tmp_path):
+    program("rsync")
+    recipe = re.search(r"`(rsync [^`]*)`", README)[1]
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "backup").mkdir()
+    server = serve(folder=tmp_path / "logs")
+    paths = {"/var/lib/skype-webhook": tmp_path / "logs", "/srv/backup": tmp_path / "backup"}
+    recipe = replaced(recipe, paths)
+    with delivering(server.port) as (acknowledged, refused):
+        for _ in range(3):
+            grows(acknowledged, 30)
+            before = set(acknowledged)
+            run_bash(recipe, tmp_path)
+            copy = tmp_path / "backup" / "skype-webhook" / "events.jsonl"
+            copied = {line[27:91].decode() for line in copy.read_bytes().splitlines()}
+            assert before <= copied and refused == []
+
+
+TREE = ast.parse((HERE / "skype_webhook.py").read_text("utf-8"))
+
+
+def texts_in(tree):
+    """Yield the texts of a piece of the program, with a NUL for what it fills in."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]
+            yield "".join(parts)
+
+
+def test_the_lines_under_trouble_are_the_program_s_word_for_word():
+    said = "\n".join(texts_in(TREE))
+    section = README.partition("\n## Trouble\n")[2].partition("\n## ")[0]
+    rows = [row.split(" | ")[0] for row in section.splitlines() if row.startswith("| `")]
+    quoted = [line for row in rows for line in re.findall(r"`(.+?)`", row)]
+    pieces = {piece.strip(" (;)") for line in quoted for piece in line.split("…")}
+    outcome = re.compile(r"^(recorded|duplicate|refused( \d{3})?|warning:) ?")
+    missing = [piece for piece in pieces if outcome.sub("", piece) not in said]
+    assert len(quoted) > 30 and missing == []
+
+
+def test_what_the_program_tells_by_itself_stands_under_trouble():
+    section = README.partition("\n## Trouble\n")[2]
+    calls = [node for node in ast.walk(TREE) if isinstance(node, ast.Call) and node.args]
+    told = [next(texts_in(call.args[0]), "") for call in calls
+            if ast.unparse(call.func) in ("tell", "self.warn")]
+    assert len(told) > 20
+    for text in told:
+        longest = max(text.split("\0"), key=len).strip(" :;")
+        assert longest in section or len(longest) < 12 or "demo" in text, text
