@@ -3617,6 +3617,15 @@ def test_without_an_id_the_stream_begins_with_the_most_recent_events(view):
     assert codes == [f"code {number}" for number in range(recent, 3000)]
 
 
+def test_the_most_recent_event_is_sent_however_long_it_is(view):
+    lines = [line_of(event()) for _ in range(4000)]
+    last = line_of(event(currentStage="x" * 1_500_000))
+    view.log.write_bytes(b"".join(lines) + last)
+    recent = next(n for n in range(4000) if sum(map(len, [*lines[n:], last])) < 2 * 2**20)
+    with Stream(view.port) as stream:
+        assert stream.next()[1] == json.loads(lines[recent])
+
+
 def test_sixteen_viewers_take_no_sender_s_place_and_do_not_delay_the_end(serve):
     server = serve("--max-connections", "2", SKYPE_VIEW_PASSWORD=PASSWORD)
     with contextlib.ExitStack() as stack:
@@ -3855,6 +3864,12 @@ def test_a_documented_stage_of_another_form_has_a_mark(view, page, stage, mark):
     view.deliver(event(currentStage={"value": stage}))
     page.wait_for_rows(1)
     assert page.run(cell(1)) == f"{mark}{stage}a new one"
+
+
+def test_an_undocumented_stage_is_named_so(view, page):
+    view.deliver(event(currentStage={"value": "InterviewPostponed"}))
+    page.wait_for_rows(1)
+    assert page.run(cell(1)) == "\u2013InterviewPostponednot a documented stage"
 
 
 @pytest.mark.parametrize(("body", "code", "why"), [
@@ -4577,6 +4592,29 @@ def test_a_timeline_in_json_has_instants_and_what_is_odd(tmp_path):
     assert [step.get("late") for step in shown["events"]] == [None, True, None, None]
 
 
+def test_an_event_without_a_stage_makes_and_hides_no_gap(tmp_path):
+    first, second = stage_lines("code", COURSE[0], COURSE[2])
+    between = line_of(event(interviewCode="code", currentStage=None, timestamp="2026-11-24T10:00:30Z"))
+    (tmp_path / "log").write_bytes(first + between + second)
+    assert "gap" not in run("timeline", "log", cwd=tmp_path)[1]
+    (tmp_path / "log").write_bytes(first + between + stage_lines("code", COURSE[1])[0])
+    assert "gap: came from SchedulingCompleted" in run("timeline", "log", cwd=tmp_path)[1]
+
+
+def test_events_of_one_instant_are_0_seconds_apart(tmp_path):
+    lines = stage_lines("code", ("A", "B", 0, 0), ("B", "C", 0, 1))
+    (tmp_path / "log").write_bytes(b"".join(lines))
+    shown = json.loads(run("timeline", "--json", "log", cwd=tmp_path)[1])
+    assert [step.get("seconds") for step in shown["events"]] == [0.0, None]
+
+
+def test_the_deepest_event_is_in_the_timeline(tmp_path):
+    deepest = b'{"interviewCode":"deep","x":' + b"[" * 63 + b"]" * 63 + b"}"
+    (tmp_path / "log").write_bytes(line_of(deepest))
+    code, out, err = run("timeline", "log", cwd=tmp_path)
+    assert (code, out.splitlines()[0], err) == (0, "deep", "")
+
+
 def test_a_timeline_of_one_interview_has_that_one(tmp_path):
     lines = [*stage_lines("code\u202e", *COURSE), *stage_lines("other", *COURSE)]
     (tmp_path / "log").write_bytes(b"".join(lines))
@@ -4717,8 +4755,8 @@ def follow(start, tmp_path):
 
 def test_a_timeline_follows_the_log_over_its_rotation(follow, tmp_path):
     log, lines = tmp_path / "events.jsonl", stage_lines("one", *COURSE)
-    process, steps = follow(log)  # which is still to come
     log.write_bytes(lines[0])
+    process, steps = follow(log)
     assert until(lambda: steps() == [1])
     with open(log, "ab", 0) as file:
         file.write(lines[1])
@@ -4729,6 +4767,15 @@ def test_a_timeline_follows_the_log_over_its_rotation(follow, tmp_path):
     assert until(lambda: steps()[-1] == 4)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 0
+
+
+def test_a_log_that_is_still_to_come_can_be_followed(follow, tmp_path):
+    lines = stage_lines("one", *COURSE)
+    (tmp_path / "here").write_bytes(lines[0])
+    _, steps = follow("here", "to come")
+    assert until(lambda: steps() == [1])
+    (tmp_path / "to come").write_bytes(lines[1])
+    assert until(lambda: steps() == [1, 2])
 
 
 def test_a_timeline_prints_the_interviews_that_change_alone(follow, tmp_path):
@@ -4758,19 +4805,25 @@ def test_a_timeline_that_nobody_reads_on_ends_with_0(tmp_path):
         assert process.stderr.read() == b"" and process.wait(30) == 0
 
 
-@pytest.mark.skipif(not hasattr(os, "wait4"), reason="needs wait4(2)")
-def test_a_timeline_takes_30_microseconds_and_400_bytes_an_event(tmp_path):
-    def usage(name, count):
-        (tmp_path / name).write_bytes(b"".join(line_of(event()) for _ in range(count)))
-        words = [*PROGRAM, "timeline", "--json", str(tmp_path / name)]
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, env=CLEAN)
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = status
-        return used.ru_utime, used.ru_maxrss * 1024
+MEASURE = """
+import pathlib, re, skype_webhook, sys, time
+assert skype_webhook.main(["timeline", "--json", sys.argv[1]]) == 0
+peak = re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]
+print(time.process_time(), int(peak) * 1024, file=sys.stderr)
+"""
 
-    (few_seconds, few_bytes), (seconds, size) = usage("few", 0), usage("many", 20_000)
-    assert seconds - few_seconds < 20_000 * 30e-6
-    assert size - few_bytes < 20_000 * 400
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux' /proc")
+def test_a_timeline_takes_30_microseconds_and_400_bytes_an_event(tmp_path):
+    def usage(count):
+        (tmp_path / "log").write_bytes(b"".join(line_of(event()) for _ in range(count)))
+        words = [sys.executable, "-c", MEASURE, tmp_path / "log"]
+        done = subprocess.run(words, cwd=HERE, env=CLEAN, capture_output=True, check=True)
+        return map(float, done.stderr.split())
+
+    (few_seconds, few_bytes), (seconds, size) = usage(10_000), usage(40_000)
+    assert seconds - few_seconds < 30_000 * 30e-6
+    assert size - few_bytes < 30_000 * 400
 
 
 @pytest.mark.parametrize(("environment", "coloured"), [
