@@ -32,7 +32,9 @@ The sections, in the order in which they are met:
     connection        one connection's bytes, its deadline, its requests and answers
     live view         the log as an event stream, its password
     server            sockets, TLS, signals; places, threads, evictions, the stop
-    HTTP clients      send and fetch: the sender's side, for trying things out; interviews' data
+    HTTP clients      what sender and fetch share
+    sender            what the service does, for trying things out
+    fetch             an interview's data, from the service
     timeline          each interview's course, from the log
     command line      the commands and their arguments
     page              the live view's page, one HTML literal
@@ -108,7 +110,7 @@ TIME_LIMIT = 64               # characters; the documented time has 28, twice in
 LARGE_BODY = 32 * 1024        # bytes; larger ones are parsed one at a time. An event has about 300
 
 # Of the journal.
-RECENT_IDS = 65_536           # ids remembered: 5,400 a second while a token lives, leeways included
+RECENT_IDS = 65_536           # ids remembered: 5,400 a second for the 12 s that a token is taken
 RECENT_BYTES = 64 * 2**20     # bytes read back at start, whatever the size of the log
 READ_BACK = 2**20             # bytes of those read at once
 BACKLOG_BYTES = 32 * 2**20    # bytes that wait for a stalled disk: a batch that can be read back
@@ -150,7 +152,8 @@ WRONG_PASSWORDS = 30          # a minute from one network; more are not even loo
 WRONG_PASSWORDS_IN_ALL = 1_000  # a minute from all networks that the right one has not come from
 KNOWN_NETWORKS = 1_000        # that the right one has come from
 
-# Of fetch.
+# Of send and fetch.
+SEND_SECONDS = 30.0           # a step of a delivery: the service waits as long
 FETCH_SECONDS = 30.0          # for one interview's data, up to its last byte
 FETCH_BYTES = 64 * 2**20      # of it; notes, feedback and code snapshots have far less
 
@@ -221,12 +224,20 @@ def format_report(when: float, message: str) -> str:
 
 def describe_fault(error: BaseException) -> str:
     """Return the kind and place of a fault of ours, but not its text, which could hold anything."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"fault {type(error).__name__} in {place.name}, line {place.lineno}: please report it"
+    kind = type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return f"fault {kind}: please report it"
+    last = frames[-1]
+    place = f"{last.name}, {os.path.basename(last.filename)} line {last.lineno}"
+    return f"fault {kind} in {place}: please report it"
 
 
 def write_stderr(lines: Sequence[str]) -> None:
-    """Write lines to stderr by one write. If it is closed, full or not read, they are lost."""
+    """Write lines to stderr by one write; if it takes nothing for STDERR_SECONDS, they are lost.
+
+    A long write may wait even so: only the reporter's thread does it.
+    """
     with contextlib.suppress(OSError):
         if os.name != "posix" or select.select((), (2,), (), STDERR_SECONDS)[1]:
             os.write(2, "".join(lines).encode("utf-8", "backslashreplace"))
@@ -254,7 +265,7 @@ class Reporter:
         self._refusals = 0  # in that second
 
     def tell(self, message: str, kind: str = "") -> None:
-        """Have one line written, as of now; `kind` is the outcome, where a peer has caused it."""
+        """Queue one line, with the present time; `kind` is the outcome, if a peer caused it."""
         if kind and self._queue.qsize() >= REPORT_LIMIT:
             return
         self._queue.put((time.time(), kind, message))
@@ -285,7 +296,7 @@ class Reporter:
                 write_stderr([format_report(time.time(), f"reporter {describe_fault(fault)}")])
 
     def _next_entries(self) -> list[ReportEntry]:
-        """Return what is queued, or nothing when a second with untold refusals may be over."""
+        """Return what is queued; nothing when the count of untold refusals may be due."""
         try:
             first = self._queue.get(timeout=1.0 if self._refusals > REFUSALS_TOLD else None)
         except queue.Empty:
@@ -335,6 +346,19 @@ tell = REPORTER.tell
 # --- Settings: what can be set, in the environment or an env file; the command line stands last ---
 
 
+@dataclasses.dataclass(frozen=True)
+class Credential:
+    """What the service's API settings page shows: the key (a GUID, the issuer) and its secret."""
+
+    api_key: str
+    api_secret: bytes = dataclasses.field(repr=False)
+
+
+KEY_PLACEHOLDER = "paste-your-api-key-here"  # of example.env
+SECRET_PLACEHOLDER = "paste-your-api-secret-here"
+NO_SECRETS = (b"", SECRET_PLACEHOLDER.encode())  # everybody knows them
+
+
 def _number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], Any]:
     # The kinds themselves take 1_0, +5 and other digits.
     form = r"[0-9]{1,12}" if kind is int else r"[0-9]{1,6}(?:\.[0-9]{1,6})?"
@@ -362,7 +386,11 @@ def _url_path(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Settings:
-    """All settings with their defaults. How each is set is in OPTIONS."""
+    """All settings with their defaults.
+
+    To add one: a field here, a line in OPTIONS, in the README and in example.env; a line in FIXED
+    if it needs a restart, in SECRETS if it may be in a file.
+    """
 
     api_key: str = ""
     api_secret: str = ""
@@ -385,7 +413,7 @@ class Settings:
     def credentials(self) -> tuple[Credential, ...]:
         """The credentials that a token may match, the present one first; raise SettingsError."""
         for name in CREDENTIALS:
-            if getattr(self, SETTINGS[name]) in PLACEHOLDERS:
+            if getattr(self, SETTINGS[name]) in (KEY_PLACEHOLDER, SECRET_PLACEHOLDER):
                 raise SettingsError(f"{name} is still the placeholder of example.env; "
                                     "paste yours from the API settings page")
         for name in CREDENTIALS[:2]:
@@ -449,6 +477,7 @@ SETTINGS = {f"SKYPE_{name.upper()}": name for name in OPTIONS}  # as the environ
 CREDENTIALS = ("SKYPE_API_KEY", "SKYPE_API_SECRET",
                "SKYPE_API_KEY_PREVIOUS", "SKYPE_API_SECRET_PREVIOUS")
 SECRETS = ("SKYPE_API_SECRET", "SKYPE_API_SECRET_PREVIOUS")
+FIXED = ("host", "port", "log", "max_connections", "behind_proxy")  # until a restart
 NAMES = {*SETTINGS, *(f"{name}_FILE" for name in SECRETS)}
 _ENV_LINE = re.compile(  # quotes are taken off, as the shell and systemd do
     r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(?:\"(.*)\"|'(.*)'|(.*?))\s*")
@@ -677,16 +706,6 @@ def _decode_object(data: bytes, decoder: json.JSONDecoder,
 # --- Verification: pure (bytes and a clock reading in, claims or Rejected out) ---
 
 
-@dataclasses.dataclass(frozen=True)
-class Credential:
-    """What the service's API settings page shows: the key (a GUID, the issuer) and its secret."""
-
-    api_key: str
-    api_secret: bytes = dataclasses.field(repr=False)
-
-
-PLACEHOLDERS = ("paste-your-api-key-here", "paste-your-api-secret-here")  # of example.env
-NO_SECRETS = (b"", PLACEHOLDERS[1].encode())  # everybody knows them
 _JWS = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
@@ -745,14 +764,16 @@ def _numeric_date(claims: dict[str, Any], name: str) -> float:
 
 def _check_time(claims: dict[str, Any], now: float, leeway: float) -> None:
     """Check 3: iat - leeway < now < exp + leeway, and nbf as iat; the refusal gives the seconds."""
+    # By how many seconds now lies outside of each bound; less than 0 is inside.
     outside = {"exp": now - _numeric_date(claims, "exp"), "iat": _numeric_date(claims, "iat") - now}
     if "nbf" in claims:
         outside["nbf"] = _numeric_date(claims, "nbf") - now
-    for name, by in outside.items():
-        if not by < leeway:  # "not <": a NaN clock is refused too
-            what = f"expired {by:.1f} s ago" if name == "exp" else f"begins in {by:.1f} s"
+    for name, seconds in outside.items():
+        if not seconds < leeway:  # "not <": a NaN clock is refused too
+            what = f"expired {seconds:.1f} s ago" if name == "exp" else f"begins in {seconds:.1f} s"
+            more = seconds - leeway
             raise _invalid_token(
-                f"time: the token {what} by its {name}, {by - leeway:.1f} s more than the leeway "
+                f"time: the token {what} by its {name}, {more:.1f} s more than the leeway "
                 f"of {leeway:g} s allows; are the clocks of sender and receiver right (NTP)?")
 
 
@@ -981,7 +1002,7 @@ def parse_event(body: bytes) -> Event:
     sent = _time(fields.get("timestamp"))
     if sent is None:
         warnings.append("timestamp is missing or not an RFC 3339 time")
-    _stage(fields, "previousStage", warnings)
+    _stage(fields, "previousStage", warnings)  # only what is odd about it is wanted
     stage = _stage(fields, "currentStage", warnings)
     return Event(TYPE_PREFIX + kind, subject, sent, stage, content_type, bool(why_base64),
                  tuple(warnings))
@@ -1085,9 +1106,10 @@ def _body_length(fields: dict[str, str], minor: int) -> int | None:
         return None
     if not (length.isascii() and length.isdigit()):  # int() would take 1_0 and +5
         raise Rejected(400, "Content-Length is not one decimal number")
-    if len(length.lstrip("0")) > 15:  # int() raises on very many digits
+    digits = length.lstrip("0") or "0"
+    if len(digits) > 15:  # int() raises on very many digits
         return 10**15  # more than any cap
-    return int(length)
+    return int(digits)
 
 
 def _parse_request_line(line: str) -> tuple[str, str, str, int]:
@@ -1118,10 +1140,12 @@ def parse_head(text: str) -> Head:
     lines = text.split("\r\n")
     method, path, query, minor = _parse_request_line(lines[0])
     fields = _parse_fields(lines[1:])
-    if minor and "host" not in fields or not _HOST.fullmatch(fields.get("host", "")):
+    is_missing = minor > 0 and "host" not in fields
+    if is_missing or not _HOST.fullmatch(fields.get("host", "")):
         raise Rejected(400, "exactly one valid Host field is needed (RFC 9112 section 3.2)")
     length = _body_length(fields, minor)
-    if fields.get("expect", "100-continue").lower() != "100-continue":
+    expected = fields.get("expect")
+    if expected is not None and expected.lower() != "100-continue":
         raise Rejected(417, "the only expectation known here is 100-continue")
     return Head(method, path, query, minor, fields, length)
 
@@ -1261,8 +1285,9 @@ class LogFile:
     half-way leaves a torn tail again and never a broken line; then a newline ends it. `tail -F`
     prints the whole file again after a truncation, and glues lines without the newline.
 
-    `end` is the size at which we left the file; None where a write has failed, or nothing was
-    written yet. If the file has another one, its end is mended before the next event.
+    `end` is the size at which we left the file; None where a write was cut short, a sync failed,
+    others changed the file, or nothing was written yet. Then its end is mended before the next
+    event (see `Journal._follow`).
     """
 
     def __init__(self, path: str, warn: Callable[[str], None]) -> None:
@@ -1420,9 +1445,10 @@ class LogFile:
         if self._refused:
             self._blank(*self._refused)
             self._refused = None
-        _, _, tail, kind, size = self.read_back(1)
+        found = self.read_back(1)
+        tail, kind = found.tail, found.kind
         if kind == "torn":
-            self._blank(size - len(tail), tail)
+            self._blank(found.size - len(tail), tail)
         if kind != "nothing":
             if os.write(self._appender.fileno(), b"\n") != 1:
                 raise OSError(errno.ENOSPC, "a torn line could not be ended")
@@ -1444,15 +1470,18 @@ class LogFile:
             end = begin
 
     def close(self) -> None:
-        """Let the file go. What was acknowledged of it is durable, whatever a close says."""
+        """Close the file. A close that fails changes nothing: what was acknowledged is durable."""
         for file in (self._editor, self._appender):
             with contextlib.suppress(OSError):
                 file.close()  # it forgets its descriptor first
 
 
 class _Entry:
-    """One line on its way to the disk. `settle` wakes the appends that `wait` for it, and is called
-    once; then `error` says why the line is not durable, or is None."""
+    """One line on its way to the disk.
+
+    `settle` wakes the appends that `wait` for it, and is called once; then `error` says why the
+    line is not durable, or is None.
+    """
 
     __slots__ = ("_settled", "error", "event_id", "line")
 
@@ -1487,7 +1516,7 @@ class Journal:
     A failed write is tried again with the next batch. After a failed sync, or a fault of ours,
     `final` says why nothing more can be stored: the thread ends, and calls `on_final`.
 
-    `_lock` guards all fields below it but `_file`, which the thread alone uses. It is never held
+    `_lock` guards the fields below it; only the thread uses `_file`, once it runs. It is never held
     while the disk works, nor while an entry is settled: who wakes would soon wait for it. An id
     moves from `_unsettled` to `_recent` in one step, so that an append finds it in one of the two.
     Who takes an entry out of `_unsettled` settles it. `_wake` wakes the thread when something is
@@ -1589,13 +1618,13 @@ class Journal:
         except SyncFailed as error:
             final = f"{self.path}: {error}"
         except Exception as fault:  # out of memory, or a fault of ours
-            final = f"{self.path}: {type(fault).__name__}"
+            final = f"{self.path}: {describe_fault(fault)}"
         finally:
             if self._file:
                 self._file.close()
         with self._lock:
             self.final = final
-        self.on_final()
+        self.on_final()  # first: nobody else is accepted while the others get their answers
         self._abandon(final)
 
     def _next_batch(self) -> list[_Entry]:
@@ -1765,6 +1794,12 @@ def name_protocol(first: bytes) -> str | None:
 _TIMEVAL = "qq" if socket.SO_RCVTIMEO == 66 else "ll"
 
 
+def host_port(address: Sequence[Any]) -> str:
+    """Return a socket's address as it stands in a URL."""
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    return f"{host}:{address[1]}"
+
+
 class Connection:
     """An accepted socket, TLS over it, and its deadline.
 
@@ -1775,8 +1810,9 @@ class Connection:
     Only the connection's own thread reads and writes. It keeps the deadline itself: the time left
     is the timeout of its next read, so a peer that sends a byte a second gains nothing by it.
 
-    `Receiver.changed` guards `storing` and `interruption`, so that a connection is never evicted
-    while its event is being stored.
+    Other threads set `interruption`, and `Receiver.protect` sets `storing`, under
+    `Receiver.changed`: so a connection is never evicted while its event is being stored. Its own
+    thread reads the one and clears the other without it, since a late look costs nothing.
     """
 
     def __init__(self, accepted: socket.socket, address: Any, seconds: float) -> None:
@@ -1784,7 +1820,7 @@ class Connection:
         if "." in host:  # IPv4, also on a listener for both families
             host = host.removeprefix("::ffff:")
         self.host: str = host
-        self.peer = f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
+        self.peer = host_port((host, address[1]))
         self.socket = accepted
         self.tls: ssl.SSLObject | None = None
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -1842,7 +1878,7 @@ class Connection:
         if not (self.incoming.pending or tls.pending()):
             self.incoming.write(self._read_socket())  # without data, the step would only raise
         try:
-            content = bytes(self._advance(lambda: tls.read(READ_SIZE)))
+            content: bytes = self._advance(lambda: tls.read(READ_SIZE))
         except ssl.SSLError:
             raise Disconnected from None
         if not content:  # the peer's closure alert
@@ -1939,7 +1975,7 @@ class Connection:
                 self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
     def more_has_arrived(self) -> bool:
-        """Return, without waiting, whether there is something to read."""
+        """Return at once (within a millisecond or so) whether there is something to read."""
         if self.tls and (self.incoming.pending or self.tls.pending()):
             return True
         self._set_timeout(socket.SO_RCVTIMEO, 0)
@@ -2031,7 +2067,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.end(self.unread)
 
     def handle_one_request(self) -> None:
-        """Read one request and answer it; raise Evicted."""
+        """Read one request and answer it; raise ConnectionEnded where no answer can be sent."""
         self.close_connection = True
         if not self.await_request():
             return
@@ -2294,7 +2330,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.send(data, self.settings.request_timeout, last)
 
     def refuse(self, refusal: Rejected, reason: str = "") -> None:
-        """Answer by a problem (RFC 9457), and tell the operator; the reason is for him alone."""
+        """Answer by a problem (RFC 9457), and tell the operator, who alone gets the reason."""
         status, detail = refusal.status, refusal.detail
         problem = json.dumps({"title": _REASONS[status], "status": status, "detail": detail})
         self.answer(status, problem.encode(), "application/problem+json", *refusal.fields)
@@ -2505,40 +2541,18 @@ VIEW_FIELDS = (
 )
 
 
-@contextlib.contextmanager
-def viewer_place(handler: Handler) -> Iterator[None]:
-    """Give a connection a viewer's place instead of a sender's; raise Rejected if there is none."""
-    connection, server = handler.connection, handler.server
-    with server.changed:
-        if connection.interruption is Evicted:
-            raise Evicted
-        if len(server.viewers) >= VIEWERS:
-            detail = f"there are {VIEWERS} viewers, and no more places"
-            raise Rejected(503, detail, ("Retry-After", "10"))
-        server.connections.discard(connection)
-        server.viewers.add(connection)
-        server.changed.notify_all()
-
-    handler.close_connection = True
-    try:
-        watch_for_silence(connection.socket)
-        yield
-    finally:
-        with server.changed:
-            server.viewers.discard(connection)
-
-
 def watch_for_silence(sock: socket.socket) -> None:
     """Have the kernel end a connection whose machine does not answer (it fell asleep) for 10 s."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     times = {"TCP_KEEPIDLE": 4, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 2, "TCP_USER_TIMEOUT": 8000}
-    for name, value in times.items():
-        if hasattr(socket, name):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    with contextlib.suppress(OSError):  # it has gone already: the next read says so
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in times.items():
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def has_gone(viewer: Connection) -> bool:
-    """Return, without waiting, whether the viewer has gone; what else it sends is dropped."""
+    """Return at once whether the viewer has gone; what else it sends is dropped."""
     viewer.wait_for(0)
     try:
         viewer.receive()
@@ -2594,7 +2608,10 @@ def show_events(handler: Handler) -> None:
     last_id = handler.head.fields.get("last-event-id") or query.get("after")
     fields = [*VIEW_FIELDS, ("X-Accel-Buffering", "no"), ("Connection", "close")]
 
-    with viewer_place(handler), contextlib.closing(Tail(handler.settings.log)) as tail:
+    handler.server.seat_viewer(handler.connection)
+    handler.close_connection = True
+    watch_for_silence(handler.connection.socket)
+    with contextlib.closing(Tail(handler.settings.log)) as tail:
         if last_id:
             tail.go_behind(last_id)
         else:
@@ -2613,7 +2630,7 @@ def show_page(handler: Handler) -> None:
     handler.answer(200, page, "text/html; charset=utf-8", policy, *VIEW_FIELDS)
 
 
-# --- The server: sockets, TLS, threads, deadlines ---
+# --- The server: sockets, TLS, signals; places, threads, evictions, the stop ---
 
 
 def _check_pem(flag: str, path: str, content: str) -> None:
@@ -2647,9 +2664,10 @@ def _warn_if_refused(context: ssl.SSLContext, cert: str) -> None:
     ends = peer.wrap_bio(down, up), context.wrap_bio(up, down, server_side=True)
     try:
         peer.load_verify_locations(cert)
-        for end in ends * 3:  # turns enough for a whole handshake
-            with contextlib.suppress(ssl.SSLWantReadError):
-                end.do_handshake()
+        for _ in range(3):  # turns: enough for a whole handshake
+            for end in ends:
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    end.do_handshake()
     except ssl.SSLCertVerificationError as error:
         advice = "senders refuse it, so renew it"
         if error.verify_code == X509_NOT_YET_VALID:
@@ -2805,7 +2823,7 @@ class Receiver(socketserver.BaseServer):
     slow peers their place. One that has delivered a verified event goes last, one whose event is
     being stored never.
 
-    `changed` guards `connections`, `viewers` and, of each connection, `storing` and `interruption`.
+    `changed` guards `connections`, `viewers`, and the choice of whom to evict (see `Connection`).
     It is notified when a connection has left. `_counting` guards `counts`. Only the accepting
     thread has `threads`, `evictions_told` and `next_complaint`.
     """
@@ -2849,7 +2867,7 @@ class Receiver(socketserver.BaseServer):
         return self.signals.stop
 
     def adopt(self, settings: Settings, certificate: Certificate | None) -> None:
-        """Serve requests to come by these settings, connections to come with this certificate."""
+        """Use these settings for new requests, this certificate for new connections."""
         if settings.view_password != self.settings.view_password:
             self.guesses = Guesses()
         self.settings, self.certificate = settings, certificate
@@ -2931,7 +2949,7 @@ class Receiver(socketserver.BaseServer):
         return connection
 
     def relieve(self, newcomer: Connection | None = None) -> None:
-        """Have a connection give up its descriptor and thread; another one than the newcomer."""
+        """Evict a connection, but not the newcomer, to free its descriptor and its thread."""
         with self.changed:
             self.evict(newcomer)
             self.changed.wait(0.1)
@@ -2956,6 +2974,18 @@ class Receiver(socketserver.BaseServer):
                 raise Evicted
             connection.storing = connection.proven = True
 
+    def seat_viewer(self, connection: Connection) -> None:
+        """Give a connection a viewer's place instead of a sender's, to its end; raise Rejected."""
+        with self.changed:
+            if connection.interruption is Evicted:
+                raise Evicted
+            if len(self.viewers) >= VIEWERS:
+                detail = f"there are {VIEWERS} viewers, and no more places"
+                raise Rejected(503, detail, ("Retry-After", "10"))
+            self.connections.discard(connection)
+            self.viewers.add(connection)
+            self.changed.notify_all()
+
     def turn_of(self, body: bytes) -> contextlib.AbstractContextManager[object]:
         """Return what a large body waits for, so that one at a time is parsed and formatted.
 
@@ -2973,9 +3003,9 @@ class Receiver(socketserver.BaseServer):
                  f"if your senders need more than {limit} at once, raise --max-connections")
 
     def is_due(self, complaint: str) -> bool:
-        """Return whether to tell of a trouble now that can come a thousand times a second."""
+        """Return whether this may be told now: each complaint once in COMPLAINT_SECONDS."""
         now = time.monotonic()
-        if now < self.next_complaint.get(complaint, now):
+        if now < self.next_complaint.get(complaint, 0.0):
             return False
         self.next_complaint[complaint] = now + COMPLAINT_SECONDS
         return True
@@ -3016,6 +3046,7 @@ class Receiver(socketserver.BaseServer):
         finally:
             with self.changed:
                 self.connections.discard(connection)
+                self.viewers.discard(connection)
                 connection.socket.close()
                 self.changed.notify_all()
 
@@ -3046,7 +3077,12 @@ class Receiver(socketserver.BaseServer):
     # the end
 
     def stop(self) -> None:
-        """Answer what has been sent whole, then end all connections; the phases of the stop."""
+        """Answer what has been sent whole, then end all connections.
+
+        1. Accept who waits in the queue. 2. Let senders finish for STOP_GRACE; then read what has
+        arrived, and answer it, until STOP_SECONDS. 3. Close the journal, which takes CLOSE_SECONDS
+        at most; what is not stored by then is answered 503. Cut who is left.
+        """
         begun = time.monotonic()
         self.take_backlog(begun + STOP_GRACE)
         self.wait_for_answers(begun + STOP_GRACE, begun + STOP_SECONDS)
@@ -3054,7 +3090,7 @@ class Receiver(socketserver.BaseServer):
         self.selector.close()
 
     def take_backlog(self, end: float) -> None:
-        """Accept who has connected before; what waits at systemd's sockets is our successor's."""
+        """Accept who waits in the queue; what waits with systemd is for our successor."""
         for listener in self.listeners:
             while not self.inherited and time.monotonic() < end and self.accept(listener):
                 pass
@@ -3070,7 +3106,7 @@ class Receiver(socketserver.BaseServer):
             self.changed.wait_for(self.has_none, end - time.monotonic())
 
     def cut_the_rest(self) -> None:
-        """End those whose event the disk does not take, and then those that take no answer."""
+        """End the connections that wait for the disk, then those that do not take their answer."""
         self.journal.close()  # no append waits any longer
         with self.changed:
             self.changed.wait_for(self.has_none, CUT_SECONDS)
@@ -3107,11 +3143,6 @@ def _listen_advice(number: int | None, port: int) -> str:
     return "this machine has no such address; --host names those to listen on"
 
 
-def _host_port(address: Sequence[Any]) -> str:
-    host = f"[{address[0]}]" if ":" in address[0] else address[0]
-    return f"{host}:{address[1]}"
-
-
 def open_listeners(host: str, port: int) -> list[socket.socket]:
     """Return listening sockets on all addresses of `host`; raise SettingsError where there is none.
 
@@ -3127,7 +3158,7 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
             listeners.append(listener)
         except OSError as error:
             why = os.strerror(error.errno) if error.errno else str(error)
-            failures.append(f"cannot listen on {_host_port(address)}: {why}; "
+            failures.append(f"cannot listen on {host_port(address)}: {why}; "
                             + _listen_advice(error.errno, port))
     if not listeners:
         raise SettingsError(failures[-1])
@@ -3141,7 +3172,8 @@ def take_listeners() -> list[socket.socket]:
 
     Raise SettingsError. Sockets that are meant for another process are warned about.
     """
-    pid, count = (os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS"))
+    pid = os.environ.pop("LISTEN_PID", "")
+    count = os.environ.pop("LISTEN_FDS", "")
     if not count:
         return []
     if pid != str(os.getpid()):
@@ -3175,7 +3207,7 @@ def listening_urls(listeners: Sequence[socket.socket], settings: Settings) -> st
         is_all = listener.family == socket.AF_INET6 and address[0] == "::"
         if is_all and not listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
             addresses.append(("0.0.0.0", address[1]))
-    return ", ".join(f"{scheme}://{_host_port(address)}{settings.path}" for address in addresses)
+    return ", ".join(f"{scheme}://{host_port(address)}{settings.path}" for address in addresses)
 
 
 def notify(state: str) -> None:
@@ -3229,8 +3261,8 @@ def make_connection(
     """Return a connection to the host of a URL, which connects at its first request."""
     host = parts.hostname or ""
     if parts.scheme == "https":
-        return http.client.HTTPSConnection(host, parts.port, timeout=30, context=context)
-    return http.client.HTTPConnection(host, parts.port, timeout=30)
+        return http.client.HTTPSConnection(host, parts.port, timeout=SEND_SECONDS, context=context)
+    return http.client.HTTPConnection(host, parts.port, timeout=SEND_SECONDS)
 
 
 def describe_trouble(error: Exception) -> str:
@@ -3769,9 +3801,6 @@ def run(receiver: Receiver) -> int:
     return 1 if journal.final else 0
 
 
-FIXED = ("host", "port", "log", "max_connections", "behind_proxy")  # until a restart
-
-
 def reload_settings(receiver: Receiver, options: argparse.Namespace) -> None:
     """Read env file and certificates again (SIGHUP); what is wrong changes nothing."""
     notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
@@ -3956,7 +3985,7 @@ def fetch(options: argparse.Namespace) -> int:
 
 
 def drop_stdout() -> None:
-    """Let the rest of stdout go nowhere: else the interpreter complains, and ends with 120."""
+    """Discard the rest of stdout: else the interpreter complains of it, and ends with 120."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -3984,6 +4013,14 @@ def read_tails(tails: Sequence[Tail], only: str | None, skipped: Counter[str]) -
     return rows
 
 
+def show_changes(rows: list[Row], new: Sequence[Row], as_json: bool) -> None:
+    """Add new events to `rows`, and print the whole course of each interview that they concern."""
+    if new:
+        rows += new
+        changed = {row[0] for row in new}
+        show_courses([row for row in rows if row[0] in changed], as_json)
+
+
 def timeline(options: argparse.Namespace) -> int:
     """Print each interview's course; with --follow, again each one that changes.
 
@@ -4007,17 +4044,14 @@ def timeline(options: argparse.Namespace) -> int:
     try:
         for path in paths:
             if path not in followed:
-                are_whole &= read_log(path, only, rows, skipped)
+                are_whole = read_log(path, only, rows, skipped) and are_whole
         tails = [Tail(path) for path in followed]
         rows += read_tails(tails, only, skipped)
         show_courses(rows, options.json)
 
         while tails:
             time.sleep(VIEW_PAUSE)
-            new = read_tails(tails, only, skipped)
-            rows += new
-            changed = {row[0] for row in new}
-            show_courses([row for row in rows if row[0] in changed], options.json)
+            show_changes(rows, read_tails(tails, only, skipped), options.json)
     except BrokenPipeError:  # | head
         drop_stdout()
     finally:
@@ -4169,7 +4203,7 @@ def run_command(name: str, words: Sequence[str]) -> int:
 
 
 def open_standard_streams() -> None:
-    """Open what of stdin, stdout and stderr is closed: the log would get its number, and lines."""
+    """Open a closed stdin, stdout or stderr on /dev/null: the log would get its number."""
     descriptor = os.open(os.devnull, os.O_RDWR)
     while descriptor <= 2:
         descriptor = os.open(os.devnull, os.O_RDWR)
