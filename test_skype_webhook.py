@@ -5357,6 +5357,22 @@ def test_a_proxy_that_ends_tls_is_believed_about_the_address(serve, start, certi
     assert "203.0.113.9" not in server.stderr() and server.stderr().count(" 127.0.0.1 recorded ") == 3
 
 
+def test_caddy_hands_deliveries_on_by_one_line(serve, start, tmp_path):
+    program("caddy")
+    server, port, said = serve("--behind-proxy"), free_port(), tmp_path / "said"
+    words = replaced(re.search(r"`(caddy [^`]*)`", README)[1], {
+        "your.host": f"https://localhost:{port}", "127.0.0.1:8443": f"127.0.0.1:{server.port}"})
+    with open(said, "wb") as lines:
+        start(*words.split(), "--internal-certs", stdout=lines, stderr=lines,
+              env={**CLEAN, "HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)})
+    assert until(lambda: listens(port) or "listening on :80" in said.read_text())
+    if "listening on :80" in said.read_text():
+        pytest.skip("port 80, which Caddy needs too, is taken")
+    with Peer(port) as peer:
+        assert peer.ask(post(event())) == 200
+    server.wait_for(r" 127\.0\.0\.1 recorded ")
+
+
 def test_two_receivers_behind_haproxy_of_which_one_is_killed_make_one_log(serve, start, certificate, tmp_path):
     if not list(pathlib.Path("/usr/lib").glob("**/rsyslog/omrelp.so")):
         pytest.skip("rsyslog-relp is not installed")
