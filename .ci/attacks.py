@@ -198,14 +198,19 @@ class RawTls:
     def flush(self) -> None:
         self.socket.sendall(self.outgoing.read())
 
-    def ask_for_key_update(self) -> None:
-        """Make a KeyUpdate that asks for one of the peer's (RFC 8446 section 4.6.3).
+    def drop_received(self) -> None:
+        """Drop what has come, unread by TLS, so that the receiver is never kept from sending."""
+        with contextlib.suppress(BlockingIOError):
+            self.socket.recv(2**20, socket.MSG_DONTWAIT)
+
+    def update_key(self, ours_too: bool) -> None:
+        """Make a KeyUpdate, which may ask for one of the receiver's (RFC 8446 section 4.6.3).
 
         Python has no call for it, but OpenSSL has. The pointer to OpenSSL's structure stands in
         CPython's object behind its header and a reference.
         """
         place = id(self.tls._sslobj) + object.__basicsize__ + ctypes.sizeof(ctypes.c_void_p)
-        OPENSSL.SSL_key_update(ctypes.c_void_p.from_address(place), 1)
+        OPENSSL.SSL_key_update(ctypes.c_void_p.from_address(place), int(ours_too))
         self.tls.do_handshake()
 
 
@@ -250,13 +255,18 @@ def send_refused_body(target: Target) -> None:
             peer.sendall(bytes(65536))
 
 
-def ask_for_key_updates(target: Target) -> None:
+def update_keys(ours_too: bool, target: Target) -> None:
     peer = RawTls(target)
     with peer.socket:
         while True:
             for _ in range(100):
-                peer.ask_for_key_update()
+                peer.update_key(ours_too)
             peer.flush()
+            peer.drop_received()
+
+
+def shake_hands(target: Target) -> None:
+    RawTls(target).socket.close()
 
 
 def send_large_events(target: Target) -> None:
@@ -311,6 +321,7 @@ def send_records_of_one_byte(request: bytes, target: Target) -> None:
             for number in range(len(request)):
                 peer.tls.write(request[number:number + 1])
             peer.flush()
+            peer.drop_received()
 
 
 def take_answers_by_bytes(target: Target) -> None:
@@ -611,7 +622,7 @@ def attackers(attack: Attack, target: Target) -> Iterator[Any]:
         process.join()
 
 
-HEADING = ("attack                  s    new tried/ok       p50    p99    max   kept tried/ok   "
+HEADING = ("attack                    s    new tried/ok       p50    p99    max   kept tried/ok   "
            "    p50    p99    max ms  lives/s  CPU  threads  MiB  stderr lines    KiB/s  evicted")
 
 
@@ -638,7 +649,7 @@ def run_attack(name: str, options: argparse.Namespace) -> bool:
         wrong = receiver.wrong(new.acknowledged + kept.acknowledged)
         evicted = re.search(r"stopped: .*?(\d+) evicted", receiver.said())
     lines, kib = said.count("\n"), len(said) / 1024 / options.seconds
-    say(f"{name:20} {options.seconds:4.0f} {new.row()}  {kept.row()}    {rate:7.0f} "
+    say(f"{name:22} {options.seconds:4.0f} {new.row()}  {kept.row()}    {rate:7.0f} "
         f"{cpu / options.seconds:4.0%} {threads:8} {peak:4} {lines:13} {kib:8.1f} "
         f"{evicted[1] if evicted else '-':>8}")
     if attack.viewed:
@@ -822,7 +833,8 @@ ATTACKS = {
     "page-256": Attack(P(pipeline, PAGE), 256, viewed=True),
     "healthz-in-turn-256": Attack(P(ask_in_turn, HEALTH), 256),
     "bodies-256": Attack(send_refused_body, 256),
-    "key-updates-64": Attack(ask_for_key_updates, 64),
+    "key-updates-64": Attack(P(update_keys, True), 64),
+    "key-updates-unasked-64": Attack(P(update_keys, False), 64),
     "bad-handshakes": Attack(P(send_and_wait, BROKEN_HELLO), 64, pace=1500, stderr_read=False),
     "refusals-1": Attack(P(pipeline, BAD_POST), 1),
     "large-8": Attack(send_large_events, 8),
@@ -838,6 +850,7 @@ ATTACKS = {
                           wrapper=("prlimit", "--nofile=30")),
     "threads": Attack(P(send_and_wait, b""), 300, again=False,
                       wrapper=(*OTHER_USER, "prlimit", "--nproc=30")),
+    "handshakes-64": Attack(shake_hands, 64),
     "bytes-64": Attack(P(send_records_of_one_byte, HEALTH), 64),
     "head-bytes-64": Attack(P(send_records_of_one_byte, LONG_HEAD), 64),
     "answers-by-bytes-64": Attack(take_answers_by_bytes, 64),
