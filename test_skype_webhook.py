@@ -8,6 +8,7 @@ import ast
 import base64
 import collections
 import contextlib
+import ctypes
 import errno
 import functools
 import gzip
@@ -31,6 +32,7 @@ import subprocess
 import sys
 import threading
 import time
+import unittest.mock
 import urllib.parse
 import uuid
 
@@ -2337,6 +2339,40 @@ def test_a_refused_sender_that_never_ends_is_cut_off(serve, limits):
     assert server.deliver(event())[0] == 200
 
 
+def test_a_refused_body_is_drained_in_large_pieces():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        sender = gather(1, lambda: (theirs.sendall(bytes(4 * 2**20)), theirs.close()))[0]
+        connection = sw.Connection(ours, ("127.0.0.1", 1), 60)
+        connection.socket = unittest.mock.Mock(wraps=ours)
+        connection.end(unread=True)
+        sender.join()
+        reads = [call for call in connection.socket.mock_calls if call[0].startswith("recv")]
+        assert len(reads) < 4 * 2**20 / 16_384
+
+
+def ask_for_key_update(peer):
+    """Have the receiver change its key of TLS 1.3 (RFC 8446 section 4.6.3). Python has no call for it, but OpenSSL has.
+
+    The pointer to its structure is what stands in CPython's object behind its header and a reference.
+    """
+    place = id(peer.socket._sslobj) + object.__basicsize__ + ctypes.sizeof(ctypes.c_void_p)
+    ctypes.CDLL(ssl._ssl.__file__).SSL_key_update(ctypes.c_void_p.from_address(place), 1)
+    peer.socket.do_handshake()
+
+
+def test_a_peer_that_asks_for_key_updates_alone_is_closed(shared):
+    with Peer(shared.port) as peer:
+        for _ in range(3):
+            for _ in range(8):
+                ask_for_key_update(peer)
+            assert peer.ask(post(event())) == 200
+        with pytest.raises(CUT_OFF):
+            for _ in range(5000):
+                ask_for_key_update(peer)
+    assert shared.deliver(event())[0] == 200
+
+
 def test_an_empty_line_after_a_delivery_is_no_request(serve):
     server = serve()
     with Peer(server.port) as peer:
@@ -2643,6 +2679,31 @@ def test_an_accept_that_fails_for_its_peer_evicts_nobody(serve):
         assert server.deliver(event())[0] == 200
         assert idle.ask(post(event())) == 200
     assert server.stop() == 0 and "0 evicted" in server.stderr() and "cannot accept" not in server.stderr()
+
+
+def test_large_events_are_parsed_one_at_a_time(tmp_path, monkeypatch):
+    parse, port, answers = sw.parse_event, free_port(), []
+
+    def parse_slowly(body):
+        time.sleep(0.3 if len(body) > 100_000 else 0)
+        return parse(body)
+
+    def deliver_two():
+        assert until(lambda: listens(port))
+        with Peer(port, tls=False) as one, Peer(port, tls=False) as other:
+            for peer in (one, other):
+                peer.send(post(event(pad="x" * 100_000)))
+            answers.extend([one.answer()[0], other.answer()[0]])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    for name, value in OURS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sw, "parse_event", parse_slowly)
+    begun = time.monotonic()
+    gather(1, deliver_two)
+    assert sw.main(["--behind-proxy", "--port", str(port)]) == 0
+    assert answers == [200, 200] and time.monotonic() - begun > 0.6
 
 
 def test_refusals_are_told_a_hundred_times_a_second(serve):
@@ -3074,26 +3135,36 @@ def test_a_start_with_closed_descriptors_keeps_the_log_to_events(certificate, st
     assert len(ids_in(log)) == 3 and ids_in(log)[0] == sha256(body)
 
 
-def test_a_stderr_that_nobody_reads_keeps_no_sender_and_no_stop_waiting(certificate, start, tmp_path):
+@pytest.fixture
+def full_pipe():
+    """The writing end of a pipe that takes nothing more, since nobody reads it."""
     unread, full = os.pipe()
     os.set_blocking(full, False)
     with contextlib.suppress(BlockingIOError):
         while os.write(full, b"x" * 4096):
             pass
     os.set_blocking(full, True)
-    port = free_port()
-    receiver = start(*PROGRAM, "--cert", certificate[0], "--key", certificate[1], "--host", "127.0.0.1", "--port", port,
-                     "--log", tmp_path / "events.jsonl", "--max-connections", 2, stderr=full, env={**CLEAN, **OURS})
-    assert until(lambda: listens(port))
-    for _ in range(3):
-        with Peer(port, tls=False) as peer:
-            assert peer.ask(HEALTH) == 400
-    with Peer(port) as peer:
-        assert peer.ask(post(event())) == 200
-    receiver.terminate()
-    assert receiver.wait(30) == 0
+    yield full
     os.close(unread)
     os.close(full)
+
+
+def test_a_stderr_that_nobody_reads_keeps_no_sender_and_no_stop_waiting(certificate, start, tmp_path, full_pipe):
+    port = free_port()
+    receiver = start(*PROGRAM, "--cert", certificate[0], "--key", certificate[1], "--host", "127.0.0.1", "--port", port,
+                     "--log", tmp_path / "events.jsonl", "--max-connections", 2, stderr=full_pipe, env={**CLEAN, **OURS})
+    assert until(lambda: listens(port))
+    begun = time.monotonic()
+    for _ in range(20):  # no TLS that there is, and no TLS
+        for beginning in (b"\x16\x03\x01\x00\x05hello", HEALTH):
+            with Peer(port, tls=False) as peer:
+                peer.send(beginning)
+                peer.file.read()
+    with Peer(port) as peer:
+        assert peer.ask(post(event())) == 200
+    assert time.monotonic() - begun < 10  # a write to stderr takes half a second to give up
+    receiver.terminate()
+    assert receiver.wait(30) == 0
 
 
 def test_without_a_proxy_no_sender_is_believed_about_its_address(serve):
