@@ -243,6 +243,11 @@ def write_stderr(lines: Sequence[str]) -> None:
             os.write(2, "".join(lines).encode("utf-8", "backslashreplace"))
 
 
+def say(line: str) -> None:
+    """Write one line of a command that is no receiver to stderr, as `write_stderr` does."""
+    write_stderr([f"{printable(line)}\n"])
+
+
 # When it was told (Unix seconds), its kind, its message; or what is set once all before is written.
 ReportEntry = Union[tuple[float, str, str], threading.Event]
 
@@ -491,8 +496,9 @@ def read_regular_file(path: str) -> bytes:
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags)
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file")
+        kind = file_kind(os.fstat(descriptor).st_mode)
+        if kind != "a file":
+            raise OSError(errno.EINVAL, f"it is {kind}, not a regular file")
         with open(descriptor, "rb", closefd=False) as file:
             return file.read()
     finally:
@@ -2652,7 +2658,7 @@ def _refuse_password() -> str:
                         "and let nobody but this program's user read it")
 
 
-X509_NOT_YET_VALID = 9  # X509_V_ERR_CERT_NOT_YET_VALID, in OpenSSL's x509_vfy.h
+X509_NOT_YET_VALID, X509_EXPIRED, X509_WRONG_HOST = 9, 10, (62, 64)  # OpenSSL's x509_vfy.h
 
 
 def _warn_if_refused(context: ssl.SSLContext, cert: str) -> None:
@@ -3265,12 +3271,28 @@ def make_connection(
     return http.client.HTTPConnection(host, parts.port, timeout=SEND_SECONDS)
 
 
+def describe_distrust(error: ssl.SSLCertVerificationError) -> str:
+    """Return why a certificate was refused, and what to do about that."""
+    advice = "name it by --ca cert.pem, or use --insecure"
+    if error.verify_code in X509_WRONG_HOST:
+        advice = "use a name that it was issued for, or --insecure"
+    elif error.verify_code in (X509_NOT_YET_VALID, X509_EXPIRED):
+        advice = "look at this machine's clock; if that is right, a new certificate is needed"
+    return f"its certificate is not trusted here ({error.verify_message}); {advice}"
+
+
 def describe_trouble(error: Exception) -> str:
     """Return why there was no answer, in words for an operator."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return (f"its certificate is not trusted here ({error.verify_message}); "
-                "name it by --ca cert.pem, or use --insecure")
-    return _why(error) or type(error).__name__
+        return describe_distrust(error)
+    why = _why(error) or type(error).__name__
+    if isinstance(error, ssl.SSLError) and error.reason == "WRONG_VERSION_NUMBER":
+        return "what answers there does not speak HTTPS; is it https in the URL, or http?"
+    if isinstance(error, socket.gaierror):
+        return f"{why}; is the name in the URL right?"
+    if isinstance(error, (TimeoutError, socket.timeout)):
+        return f"{why}; does a firewall keep the port closed?"
+    return why
 
 
 # --- The sender: what Skype Interviews does, for trying things out ---
@@ -3365,7 +3387,9 @@ def deliver_turns(
                 status, answer = sender.deliver(body())
             except (OSError, ValueError, http.client.HTTPException) as error:
                 trouble = describe_trouble(error)
-                tally.fail(f"not delivered: {trouble}; is the receiver running there?")
+                if isinstance(error, ConnectionRefusedError):
+                    trouble += "; is the receiver running there?"
+                tally.fail(f"not delivered: {trouble}")
                 return
             tally.add(status, answer, (time.perf_counter() - begun) * 1000)
 
@@ -3951,7 +3975,7 @@ def send(options: argparse.Namespace) -> int:
         outcome = f"{tally.last.get('status')} {tally.last.get('id')}"
         print(printable(f"{outcome} in {tally.taken[0]:.1f} ms"))
     if tally.refused:
-        print(f"error: {printable(tally.trouble.strip())}", file=sys.stderr)
+        say(f"error: {tally.trouble.strip()}")
     return 0 if len(tally.taken) == options.count else 1
 
 
@@ -3971,7 +3995,7 @@ def fetch(options: argparse.Namespace) -> int:
             try:
                 line = fetch_interview(code, base, credential, context)
             except (OSError, ValueError, http.client.HTTPException) as error:
-                print(printable(f"error: {code}: {describe_failure(error)}"), file=sys.stderr)
+                say(f"error: {code}: {describe_failure(error)}")
                 failed += 1
             else:
                 sys.stdout.buffer.write(line + b"\n")
@@ -3979,7 +4003,7 @@ def fetch(options: argparse.Namespace) -> int:
             under_way = None
     except KeyboardInterrupt:
         if under_way is not None or "-" not in options.codes:  # else it waits for codes
-            print(printable(f"error: {under_way or 'fetch'}: interrupted"), file=sys.stderr)
+            say(f"error: {under_way or 'fetch'}: interrupted")
             failed += 1
     return 1 if failed else 0
 
@@ -3999,7 +4023,7 @@ def read_log(path: str, only: str | None, rows: list[Row], skipped: Counter[str]
         with open_to_read(path) as file:
             rows.extend(parse_rows(file, only, skipped))
     except (OSError, EOFError, zlib.error) as error:  # a .gz file that is cut short, or is none
-        print(f"error: {printable(path)}: {_why(error)}", file=sys.stderr)
+        say(f"error: {path}: {_why(error)}")
         return False
     return True
 
@@ -4021,6 +4045,20 @@ def show_changes(rows: list[Row], new: Sequence[Row], as_json: bool) -> None:
         show_courses([row for row in rows if row[0] in changed], as_json)
 
 
+@contextlib.contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Have SIGTERM do what Ctrl-C does: without a handler, process 1 (a container's) gets none."""
+    if threading.current_thread() is not threading.main_thread():  # others may not set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@sigterm_as_ctrl_c()
 def timeline(options: argparse.Namespace) -> int:
     """Print each interview's course; with --follow, again each one that changes.
 
@@ -4057,7 +4095,7 @@ def timeline(options: argparse.Namespace) -> int:
     finally:
         if skipped:
             counts = f"{skipped['blank']} blank and {skipped['foreign']} foreign lines"
-            print(f"skipped {counts}", file=sys.stderr)
+            say(f"skipped {counts}")
     return 0 if are_whole else 1
 
 
@@ -4065,7 +4103,8 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors take one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {printable(message)}; see {self.prog} --help\n")
+        say(f"{self.prog}: error: {message}; see {self.prog} --help")
+        sys.exit(2)
 
 
 def add_env_file(parser: Parser) -> None:
@@ -4230,12 +4269,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except SettingsError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
         return 0
     except OSError as error:  # a stdout that is full, or closed at its other end
-        print(f"error: {name}: {_why(error)}", file=sys.stderr)
+        say(f"error: {name}: {_why(error)}")
         drop_stdout()
         return 1
     except Exception as error:

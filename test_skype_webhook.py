@@ -163,6 +163,22 @@ def make_certificate(folder):
     return cert, key
 
 
+def make_dated_certificate(folder, begin, end, name="localhost"):
+    """Return the paths of a certificate from `begin` to `end` (days), and of its key."""
+    _, key = make_certificate(folder)
+    (folder / "index").touch()
+    (folder / "ca.cnf").write_text(
+        "[ca]\ndefault_ca=this\n[this]\ndatabase=index\nnew_certs_dir=.\nrand_serial=yes\n"
+        f"policy=any\nx509_extensions=names\n[any]\ncommonName=supplied\n"
+        f"[names]\nsubjectAltName=DNS:{name}\n")
+    for words in (["req", "-new", "-key", key, "-subj", f"/CN={name}", "-out", "request"],
+                  ["ca", "-config", "ca.cnf", "-selfsign", "-keyfile", key, "-in", "request",
+                   "-startdate", f"{begin}000000Z", "-enddate", f"{end}000000Z", "-md", "sha256",
+                   "-batch", "-notext", "-out", "dated.pem"]):
+        subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
+    return str(folder / "dated.pem"), key
+
+
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory):
     """The paths of a certificate for localhost and of its key."""
@@ -3006,18 +3022,9 @@ def test_a_certificate_that_vanishes_while_it_is_loaded_leaves_the_old_one(serve
     ("20400101", "20400102", "certificate is not yet valid; look at this machine's clock first"),
 ])
 def test_a_certificate_out_of_its_time_is_served_with_a_warning(serve, tmp_path, begin, end, said):
-    _, key = make_certificate(tmp_path)
-    (tmp_path / "index").touch()
-    (tmp_path / "ca.cnf").write_text(
-        "[ca]\ndefault_ca=this\n[this]\ndatabase=index\nnew_certs_dir=.\nrand_serial=yes\n"
-        "policy=any\n[any]\ncommonName=supplied\n")
-    for words in (["req", "-new", "-key", key, "-subj", "/CN=localhost", "-out", "request"],
-                  ["ca", "-config", "ca.cnf", "-selfsign", "-keyfile", key, "-in", "request",
-                   "-startdate", f"{begin}000000Z", "-enddate", f"{end}000000Z", "-md", "sha256",
-                   "-batch", "-notext", "-out", "cert"]):
-        subprocess.run(["openssl", *words], cwd=tmp_path, check=True, capture_output=True)
-    server = serve("--cert", "cert", "--key", key)
-    server.wait_for(f"warning: --cert cert: {said}")
+    cert, key = make_dated_certificate(tmp_path, begin, end)
+    server = serve("--cert", cert, "--key", key)
+    server.wait_for(f"warning: --cert {cert}: {said}")
     assert server.deliver(event())[0] == 200
 
 
@@ -4073,6 +4080,35 @@ def test_a_refused_send_says_why_and_ends_with_1(serve, tmp_path):
     assert (code, out) == (1, "") and "refused; is the receiver running there?" in err
 
 
+# Each row: a certificate's first and last day, its name, and what the sender is told to do.
+@pytest.mark.parametrize(("begin", "end", "name", "said"), [
+    ("20200101", "20200102", "localhost", "certificate has expired.*look at this machine's clock"),
+    ("20400101", "20400102", "localhost", "not yet valid.*look at this machine's clock"),
+    ("20200101", "20400102", "other.host", "a name that it was issued for"),
+])
+def test_send_says_what_a_certificate_lacks(serve, tmp_path, begin, end, name, said):
+    cert, key = make_dated_certificate(tmp_path, begin, end, name)
+    server = serve("--cert", cert, "--key", key)
+    code, out, err = sent_to(server.port, "--ca", cert, cwd=tmp_path)
+    assert (code, out, err.count("\n")) == (1, "", 1) and re.search(said, err)
+
+
+# Each row: a URL, and what the sender is told to look at.
+@pytest.mark.parametrize(("url", "said"), [
+    ("https://localhost:1/", "is the receiver running there?"),
+    ("https://no.such.host.invalid/", "is the name in the URL right?"),
+])
+def test_send_says_what_to_look_at_where_nobody_answers(tmp_path, url, said):
+    code, out, err = run("send", url, cwd=tmp_path, **OURS)
+    assert (code, out, err.count("\n")) == (1, "", 1) and said in err
+
+
+def test_send_says_that_plain_http_is_spoken_there(serve, tmp_path):
+    server = serve("--behind-proxy")
+    code, out, err = sent_to(server.port, "--insecure", cwd=tmp_path)
+    assert (code, out) == (1, "") and "does not speak HTTPS" in err
+
+
 class SlowReceiver(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         self.rfile.read(int(self.headers["content-length"]))
@@ -4147,11 +4183,25 @@ def test_help_that_nobody_reads_ends_with_1_and_one_line(tmp_path, words):
     assert re.fullmatch("error: (serve|send): Broken pipe\n", done.stderr)
 
 
+# Each row: what is wrong with a start or a command, which says so, and its exit code.
+@pytest.mark.parametrize(("words", "code"), [
+    (["--frobnicate"], 2),
+    (["--cert", "missing"], 2),
+    (["send", "https://localhost:1/"], 1),
+    (["timeline", "odd"], 0)], ids=str)
+def test_a_stderr_that_is_full_changes_no_exit_code(tmp_path, words, code):
+    (tmp_path / "odd").write_bytes(b"odd\n")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*PROGRAM, *words], stdout=subprocess.PIPE, stderr=full, cwd=tmp_path,
+                              env={**CLEAN, **OURS, "PYTHONUNBUFFERED": ""}, check=False)
+    assert (done.returncode, done.stdout) == (code, b"")
+
+
+@pytest.mark.parametrize("words", [("send",), ("fetch", "x", "--url")])
 @pytest.mark.parametrize(("url", "outcome"), [
     ("https://localhost:99999/", 2), ("https://localhost:x/", 2), ("https://[::1/", 2),
     ("https://localhost/\xe4", 2), ("https://a b/", 2), ("localhost:8443", 2),
     (f"https://{'a' * 64}.example/", 1), ("https://a..b/", 1)])
-@pytest.mark.parametrize("words", [("send",), ("fetch", "x", "--url")])
 def test_what_is_no_url_is_said_in_a_line(tmp_path, words, url, outcome):
     code, out, err = run(*words, url, cwd=tmp_path, **OURS)
     assert (code, out, err.count("\n")) == (outcome, "", 1)
@@ -4867,6 +4917,17 @@ def test_following_what_cannot_grow_ends_at_its_end(follow, tmp_path):
     assert process.wait(30) == 0 and steps() == [1]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_timeline_that_follows_ends_with_0_at_a_signal(start, tmp_path, number):
+    (tmp_path / "log").write_bytes(b"".join(stage_lines("code", COURSE[0])))
+    words = [*PROGRAM, "timeline", "--follow", str(tmp_path / "log")]
+    process = start(*words, stdout=subprocess.PIPE, env=CLEAN)
+    assert process.stdout.readline() == b"code\n"
+    process.send_signal(number)
+    process.stdout.read()
+    assert process.wait(30) == 0
+
+
 def test_a_timeline_that_nobody_reads_on_ends_with_0(tmp_path):
     lines = [stage_lines(f"code {number}", COURSE[0])[0] for number in range(2000)]
     (tmp_path / "log").write_bytes(b"".join(lines))
@@ -4930,8 +4991,8 @@ WRONG_STARTS = [
     ("--key locked", "encrypted"),
     ("--cert cut", "cut short"),
     ("--cert empty", "no PEM certificate"),
-    ("--cert fifo", "--cert fifo: it is not a regular file"),
-    ("--key fifo", "--key fifo: it is not a regular file"),
+    ("--cert fifo", "--cert fifo: it is a named pipe, not a regular file"),
+    ("--key fifo", "--key fifo: it is a named pipe, not a regular file"),
     ("--port 65536", "--port"),
     ("--port 8_0", "--port"),
     ("--port \u0663", "--port"),
@@ -4951,8 +5012,8 @@ WRONG_STARTS = [
     ("--env-file bad.env", "line 2"),
     ("--env-file nul.env", "NUL"),
     ("--env-file utf16.env", "UTF-8"),
-    ("--env-file fifo", "--env-file fifo: it is not a regular file"),
-    ("--env-file .", "--env-file .: it is not a regular file"),
+    ("--env-file fifo", "--env-file fifo: it is a named pipe, not a regular file"),
+    ("--env-file .", "--env-file .: it is a folder, not a regular file"),
     ("--behind-proxy", "--cert"),
     ("--frobnicate", "there is no flag --frobnicate;"),
     ("--api-secret HUSH", "there is no flag --api-secret;"),
@@ -4973,7 +5034,7 @@ WRONG_STARTS = [
     ("SKYPE_API_SECRET= SKYPE_API_SECRET_FILE=HUSH", "SKYPE_API_SECRET_FILE: No such file"),
     ("SKYPE_API_SECRET= SKYPE_API_SECRET_FILE=empty", "SKYPE_API_SECRET_FILE: the file is empty"),
     ("SKYPE_API_SECRET= SKYPE_API_SECRET_FILE=utf16.env", "what is in the file is not UTF-8"),
-    ("SKYPE_API_SECRET= SKYPE_API_SECRET_FILE=fifo", "SKYPE_API_SECRET_FILE: it is not a regular"),
+    ("SKYPE_API_SECRET= SKYPE_API_SECRET_FILE=fifo", "_FILE: it is a named pipe, not a"),
     ("SKYPE_API_KEY_PREVIOUS=x", "PREVIOUS"),
     ("SKYPE_BEHIND_PROXY=maybe", "--behind-proxy"),
     ("SKYPE_LEEWAY=1e3", "--leeway"),
@@ -5123,7 +5184,7 @@ def test_a_comment_behind_a_secret_in_an_env_file_is_warned_of(in_process, tmp_p
 def test_an_env_file_that_nobody_named_and_cannot_be_read_is_warned_of(serve, tmp_path, make):
     make(tmp_path / ".env")
     server = serve()
-    server.wait_for(r"warning: \.env: it is not a regular file; none of its settings is used")
+    server.wait_for(r"warning: \.env: it is a .*, not a regular file; none of its settings is used")
     assert server.deliver(event())[0] == 200
 
 
@@ -5134,7 +5195,7 @@ def test_a_fifo_in_a_settings_file_s_place_does_not_hold_up_sighup(serve, tmp_pa
     server = serve("--env-file", "chosen.env", SKYPE_API_SECRET="")
     (tmp_path / name).unlink()
     os.mkfifo(tmp_path / name)
-    server.hang_up("it is not a regular file")
+    server.hang_up("it is a named pipe, not a regular file")
     assert server.deliver(event())[0] == 200
 
 
