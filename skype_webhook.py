@@ -1169,7 +1169,7 @@ def parse_chunk_size(line: str) -> int:
 
 # --- The journal: disk only ---
 
-SEAL_BLOCK = 4096  # bytes; a page is written whole or not at all when the process is killed
+SEAL_BLOCK = 4096  # bytes; a page is written whole or not at all when the process or the power ends
 CHECK_LINE = b"\n".rjust(SEAL_BLOCK)  # a whole block: a full disk still takes a shorter line
 _SOURCE = b'","source":"https://interviews.skype.com"'
 _BLANK_ID = ""  # of a blank line, which is no event
@@ -1287,7 +1287,7 @@ class LogFile:
     Whose it is: a file that holds an event of this log, or nothing but blanks, NULs and a torn tail
     of ours, is ours. Any other is refused by `read_back`, which comes before any write.
 
-    How a torn tail is sealed: it is overwritten with spaces, last page first, so that a kill
+    How a torn tail is sealed: it is overwritten with spaces, last page first, so that a crash
     half-way leaves a torn tail again and never a broken line; then a newline ends it. `tail -F`
     prints the whole file again after a truncation, and glues lines without the newline.
 
@@ -1301,6 +1301,7 @@ class LogFile:
         self.path = path
         self.warn = warn
         self.end: int | None = None
+        self._has_event = False  # that is durable, and says whose file this is
         self._refused: tuple[int, bytes] | None = None  # what a failed batch left, and its offset
         self._target = os.path.realpath(path)  # of a symbolic link, also of a dangling one
         with contextlib.suppress(FileNotFoundError):
@@ -1429,18 +1430,35 @@ class LogFile:
 
     def append(self, lines: bytes) -> None:
         """Write one batch and make it durable; OSError or SyncFailed: none of it counts."""
-        written = os.write(self._appender.fileno(), lines)
+        written = 0
         try:
-            if written < len(lines):
-                raise OSError(errno.ENOSPC, f"only {written} of {len(lines)} bytes were written")
-            _sync(self._appender.fileno())
+            for end in self._ends_of_parts(lines):
+                written += os.write(self._appender.fileno(), lines[written:end])
+                if written < end:
+                    raise OSError(errno.ENOSPC,
+                                  f"only {written} of {len(lines)} bytes were written")
+                _sync(self._appender.fileno())
         except (OSError, SyncFailed):
-            self._refused = (self._appender.tell() - written, lines[:written])
-            self.end = None
-            with contextlib.suppress(OSError, JournalError):
-                self.mend()  # what cannot be done now is done before the next batch
+            if written:
+                self._refused = (self._appender.tell() - written, lines[:written])
+                self.end = None
+                with contextlib.suppress(OSError, JournalError):
+                    self.mend()  # what cannot be done now is done before the next batch
             raise
         self.end = self._appender.tell()
+        self._has_event = self._has_event or _is_event(lines)
+
+    def _ends_of_parts(self, lines: bytes) -> list[int]:
+        """Return where the parts of a batch end that are made durable one after another.
+
+        That is one part, but for a file's first event: its beginning, which is on one page or on
+        two, comes alone. If a crash left later pages without it, whose file would that be?
+        """
+        if self._has_event:
+            return [len(lines)]
+        first = SEAL_BLOCK - self._editor.seek(0, os.SEEK_END) % SEAL_BLOCK
+        ends = [first, first + SEAL_BLOCK]
+        return [end for end in ends if end < len(lines)] + [len(lines)]
 
     def mend(self) -> list[str]:
         """Blank what a failed batch left, and end what stands behind the last newline.
@@ -1453,7 +1471,8 @@ class LogFile:
             self._refused = None
         found = self.read_back(1)
         tail, kind = found.tail, found.kind
-        if kind == "torn":
+        self._has_event = bool(found.ids) or kind == "event"
+        if kind == "torn" and tail.strip(b" "):
             self._blank(found.size - len(tail), tail)
         if kind != "nothing":
             if os.write(self._appender.fileno(), b"\n") != 1:
@@ -1464,16 +1483,40 @@ class LogFile:
         return [tail[_ID].decode()] if kind == "event" else []
 
     def _blank(self, start: int, content: bytes) -> None:
-        """Overwrite what stands at `start` with spaces, as far as it still is `content`."""
+        """Overwrite what stands at `start` with spaces, as far as it still is `content`.
+
+        A crash in between leaves some pages as they were. So it becomes NULs first: a line that
+        holds some is never taken for an event. The first page comes when the others are durable,
+        for it says whose they are.
+        """
+        first = SEAL_BLOCK - start % SEAL_BLOCK
+        steps = (
+            (start + first, content[first:], b"\0"),
+            (start, content[:first], b"\0"),
+            (start, bytes(len(content)), b" "),
+        )
+        failed: SyncFailed | None = None
+        for step in steps:
+            try:
+                self._overwrite(*step)
+            except SyncFailed as error:  # the process has to end, but leaves no refused event
+                failed = error
+        if failed:
+            raise failed
+
+    def _overwrite(self, start: int, content: bytes, filler: bytes) -> None:
+        """Overwrite and sync what stands at `start`, as far as it still is `content`."""
         end = start + len(content)
         while end > start:
             begin = max(start, (end - 1) // SEAL_BLOCK * SEAL_BLOCK)
             block = content[begin - start:end - start]
             if self._read(begin, len(block)) == block:
                 self._editor.seek(begin)
-                if self._editor.write(b" " * len(block)) != len(block):
+                if self._editor.write(filler * len(block)) != len(block):
                     raise OSError(errno.EIO, "a torn line could not be blanked")
             end = begin
+        if content:
+            _sync(self._appender.fileno())
 
     def close(self) -> None:
         """Close the file. A close that fails changes nothing: what was acknowledged is durable."""

@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import hmac
 import http.server
+import itertools
 import json
 import os
 import pathlib
@@ -1503,11 +1504,39 @@ def test_a_failed_write_is_blanked_and_the_next_one_goes_through(log, monkeypatc
         monkeypatch.setattr(sw.os, "write", lambda fd, data: real(fd, data[:10]) if len(data) > 10 else real(fd, data))
         with pytest.raises(sw.JournalError, match="10 of"):
             journal.append(*line(1))
-        assert synced == [line(0)[1] + b" " * 10 + b"\n"]
+        assert synced == [line(0)[1] + left for left in (bytes(10), b" " * 10, b" " * 10 + b"\n")]
         monkeypatch.undo()
         assert journal.append(*line(1))
         journal.check()
-    assert log.read_bytes() == synced[0] + line(1)[1]
+    assert log.read_bytes() == synced[-1] + line(1)[1]
+
+
+def test_no_pages_left_of_a_refused_line_make_an_event(log, monkeypatch):
+    real, whole, refused = os.write, line(0)[1], line(1, 20_000)
+    versions = [whole + refused[1][:9000]]  # the file at each sync, and what is there before
+    with sw.Journal(log) as journal:
+        assert journal.append(*line(0))
+        monkeypatch.setattr(os, "fdatasync", lambda _: versions.append(log.read_bytes()))
+        monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:9000]))
+        with pytest.raises(sw.JournalError, match="9000 of"):
+            journal.append(*refused)
+    monkeypatch.undo()
+
+    for old, new in zip(versions, versions[1:]):
+        for pages in itertools.product((old, new), repeat=3):  # a crash may leave each page old
+            starts = range(0, 3 * 4096, 4096)
+            log.write_bytes(b"".join(page[at:at + 4096] for page, at in zip(pages, starts)))
+            with sw.Journal(log) as journal:
+                assert journal.append(*refused) and not journal.append(*line(0))
+
+
+def test_the_first_pages_of_a_log_are_durable_one_by_one(log, monkeypatch):
+    synced = []
+    with sw.Journal(log) as journal:
+        monkeypatch.setattr(os, "fdatasync", lambda _: synced.append(log.stat().st_size))
+        assert journal.append(*line(0, 9000)) and journal.append(*line(1, 9000))
+    whole = len(line(0, 9000)[1])
+    assert synced == [4096, 2 * 4096, whole, 2 * whole]
 
 
 def test_a_torn_line_that_could_not_be_ended_is_ended_after_a_rotation_too(log, monkeypatch):
@@ -1716,6 +1745,17 @@ def test_what_waits_for_a_stalled_disk_is_bounded(journal, stall, monkeypatch):
         with pytest.raises(sw.JournalError, match=why):
             journal.append(*line(number, 1000), 0.1 + 20 * (number == 3))
         assert stall[0].wait(30)
+
+
+def test_whatever_a_crash_leaves_is_mended_and_nothing_lost(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / ".ci"))
+    crash_states = pytest.importorskip("crash_states")
+    with crash_states.new_folder() as folder:
+        try:
+            for state in itertools.islice(crash_states.all_states(3, folder), 1000):
+                assert crash_states.broken_promises(state, folder / "left") == [], state.files()
+        except crash_states.CannotTrace as error:
+            pytest.skip(str(error))
 
 
 # --- The journal of a running receiver: kills, full disks, calls that fail ---
