@@ -4122,11 +4122,12 @@ def timeline(options: argparse.Namespace) -> int:
     rows: list[Row] = []
     skipped: Counter[str] = Counter()
     are_whole = True
+    opened = contextlib.ExitStack()
     try:
         for path in paths:
             if path not in followed:
                 are_whole = read_log(path, only, rows, skipped) and are_whole
-        tails = [Tail(path) for path in followed]
+        tails = [opened.enter_context(contextlib.closing(Tail(path))) for path in followed]
         rows += read_tails(tails, only, skipped)
         show_courses(rows, options.json)
 
@@ -4136,6 +4137,7 @@ def timeline(options: argparse.Namespace) -> int:
     except BrokenPipeError:  # | head
         drop_stdout()
     finally:
+        opened.close()
         if skipped:
             counts = f"{skipped['blank']} blank and {skipped['foreign']} foreign lines"
             say(f"skipped {counts}")
