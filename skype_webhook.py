@@ -3296,7 +3296,7 @@ def client_context(ca: str | None, insecure: bool) -> ssl.SSLContext:
         context = ssl.create_default_context(cafile=ca)
     except OSError as error:  # an SSLError too
         reason = error.strerror or "there is no PEM certificate in it"
-        raise SettingsError(f"{ca}: {reason}") from None
+        raise SettingsError(f"--ca {ca}: {reason}") from None
 
     if insecure:
         context.check_hostname = False
@@ -4000,7 +4000,7 @@ def send(options: argparse.Namespace) -> int:
     try:
         stored = pathlib.Path(options.file).read_bytes() if options.file else None
     except OSError as error:
-        raise SettingsError(f"{options.file}: {error.strerror}") from None
+        raise SettingsError(f"--file {options.file}: {_why(error)}") from None
 
     def body() -> bytes:
         if stored is not None:
