@@ -5852,6 +5852,7 @@ def test_the_lines_under_trouble_are_the_program_s_word_for_word():
     section = README.partition("\n## Trouble\n")[2].partition("\n## ")[0]
     rows = [row.split(" | ")[0] for row in section.splitlines() if row.startswith("| `")]
     quoted = [line for row in rows for line in re.findall(r"`(.+?)`", row)]
+    quoted += re.findall(r"`(error: .+?)`", section)
     pieces = {piece.strip(" (;)") for line in quoted for piece in line.split("…")}
     outcome = re.compile(r"^(recorded|duplicate|refused( \d{3})?|warning:) ?")
     missing = [piece for piece in pieces if outcome.sub("", piece) not in said]
