@@ -5854,7 +5854,7 @@ def test_the_lines_under_trouble_are_the_program_s_word_for_word():
     quoted = [line for row in rows for line in re.findall(r"`(.+?)`", row)]
     quoted += re.findall(r"`(error: .+?)`", section)
     pieces = {piece.strip(" (;)") for line in quoted for piece in line.split("…")}
-    outcome = re.compile(r"^(recorded|duplicate|refused( \d{3})?|warning:) ?")
+    outcome = re.compile(r"^(recorded|duplicate|refused( \d{3})?|warning:|error:) ?")
     missing = [piece for piece in pieces if outcome.sub("", piece) not in said]
     assert len(quoted) > 30 and missing == []
 
