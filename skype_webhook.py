@@ -130,6 +130,9 @@ DRAIN_READ = 64 * 1024        # bytes a read of that: with 4 KiB, 256 such peers
 # Of the server.
 ACCEPT_QUEUE = 1024           # connections that the kernel keeps while we accept
 SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # an eviction mends these
+PEERS_ERRORS = {errno.ECONNABORTED, errno.ECONNRESET, errno.EPROTO, errno.EHOSTUNREACH,
+                errno.ENETUNREACH, errno.ENETDOWN, errno.ETIMEDOUT}  # accept(2): it has left again
+ACCEPT_PAUSE = 0.1            # seconds after an error of accept that an eviction does not mend
 LOOK_SECONDS = 2.0            # between two looks at the certificate's files
 STOP_SECONDS = 10.0           # for answers after SIGTERM; the exit is due within 15 s
 STOP_GRACE = 1.0              # the part of it in which senders may finish what they have begun
@@ -1118,6 +1121,7 @@ def _body_length(fields: dict[str, str], minor: int) -> int | None:
     return int(digits)
 
 
+@lru_cache(maxsize=16)  # all requests of a sender have the same one
 def _parse_request_line(line: str) -> tuple[str, str, str, int]:
     """Return method, path, query and minor version (RFC 9112 section 3)."""
     words = line.split(" ")
@@ -1622,14 +1626,16 @@ class Journal:
         return is_first
 
     def _enqueue(self, event_id: str, line: bytes) -> _Entry:
+        """Return the new entry of a line, now pending. The caller holds the lock."""
         if self.final or self._closing:
             raise JournalError(self.final or "the log is closed")
         if self._pending_bytes > BACKLOG_BYTES:
             raise JournalError("the disk has stalled, and too much waits for it")
         entry = self._unsettled[event_id] = _Entry(event_id, line)
+        if not self._pending:  # else the thread has been woken already
+            self._wake.notify()
         self._pending.append(entry)
         self._pending_bytes += len(line)
-        self._wake.notify()
         return entry
 
     def check(self) -> None:
@@ -1873,7 +1879,8 @@ class Connection:
         self.socket = accepted
         self.tls: ssl.SSLObject | None = None
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self.timeouts: dict[int, float] = {}  # of the socket, in seconds, by option
+        # Of the socket, in seconds; 0: none.
+        self.timeouts = {socket.SO_RCVTIMEO: 0.0, socket.SO_SNDTIMEO: 0.0}
         self.tls_allowance = math.inf  # bytes that TLS may say before the peer's next content
 
         self.proven = False   # it has delivered a verified event
@@ -1927,7 +1934,7 @@ class Connection:
         if not (self.incoming.pending or tls.pending()):
             self.incoming.write(self._read_socket())  # without data, the step would only raise
         try:
-            content: bytes = self._advance(lambda: tls.read(READ_SIZE))
+            content: bytes = self._advance(tls.read, READ_SIZE)
         except ssl.SSLError:
             raise Disconnected from None
         if not content:  # the peer's closure alert
@@ -1958,20 +1965,22 @@ class Connection:
         timeout of Python's own takes a poll, and another turn of the interpreter lock, for each
         read and write: a seventh of the CPU of an event.
         """
+        if abs(self.timeouts[option] - seconds) <= seconds / 32:
+            return
         seconds = max(seconds, 0.001)  # 0 would mean: no timeout
-        if os.name != "posix":  # Windows takes another structure
-            self.socket.settimeout(seconds)
-        elif abs(self.timeouts.get(option, 0.0) - seconds) > seconds / 32:
+        if os.name == "posix":
             self.timeouts[option] = seconds
             timeval = struct.pack(_TIMEVAL, int(seconds), int(seconds % 1 * 1e6))
             with contextlib.suppress(OSError):  # the peer has gone: the next call says so
                 self.socket.setsockopt(socket.SOL_SOCKET, option, timeval)
+        else:  # Windows takes another structure
+            self.socket.settimeout(seconds)
 
-    def _advance(self, step: Callable[[], Any]) -> Any:
+    def _advance(self, step: Callable[..., Any], *arguments: Any) -> Any:
         """Return what a step of TLS returns; feed it while it asks, and send what it has to say."""
         while True:
             try:
-                return step()
+                return step(*arguments)
             except ssl.SSLWantReadError:
                 pass
             finally:
@@ -2008,7 +2017,7 @@ class Connection:
         """Send all of `data`; raise Disconnected if that takes longer than so many seconds."""
         end = time.monotonic() + seconds
         while True:
-            self._set_timeout(socket.SO_SNDTIMEO, end - time.monotonic())
+            self._set_timeout(socket.SO_SNDTIMEO, seconds)
             try:
                 sent = self.socket.send(data)
             except OSError:
@@ -2016,6 +2025,7 @@ class Connection:
             if sent == len(data):
                 return
             data = data[sent:]
+            seconds = end - time.monotonic()
 
     def acknowledge(self) -> None:
         """Acknowledge what has arrived: until then, Nagle holds back the rest, mostly for 40 ms."""
@@ -2864,6 +2874,9 @@ class Signals:
             self.reader.recv(READ_SIZE)
 
 
+_NO_TURN = contextlib.nullcontext()  # of a small body, which waits for nobody
+
+
 class Receiver(socketserver.BaseServer):
     """Accepts connections, finds a place for each, and serves them in a bounded pool of threads.
 
@@ -2962,12 +2975,9 @@ class Receiver(socketserver.BaseServer):
         except BlockingIOError:
             return False
         except OSError as error:
-            if error.errno not in SHORTAGES:
-                return True  # it has left again (ECONNABORTED, EPROTO, EHOSTUNREACH)
-            if self.is_due("descriptors"):
-                tell(f"cannot accept: {error.strerror}; raise the open-file limit "
-                     "(LimitNOFILE=, ulimit -n), or lower --max-connections")
-            self.relieve()
+            if error.errno in PEERS_ERRORS:
+                return True
+            self.mend_accept(error)
             return False
 
         connection = self.admit(accepted, address)
@@ -2996,6 +3006,20 @@ class Receiver(socketserver.BaseServer):
                     return None
             self.connections.add(connection)
         return connection
+
+    def mend_accept(self, error: OSError) -> None:
+        """Tell why no connection can be accepted; evict one where that helps, else wait a while."""
+        is_shortage = error.errno in SHORTAGES
+        advice = "does a firewall or a security module of this machine forbid it?"
+        if is_shortage:
+            advice = ("raise the open-file limit (LimitNOFILE=, ulimit -n), "
+                      "or lower --max-connections")
+        if self.is_due("accept"):
+            tell(f"cannot accept: {_why(error)}; {advice}")
+        if is_shortage:
+            self.relieve()
+        else:
+            time.sleep(ACCEPT_PAUSE)  # the connection stays in the queue, and select would return
 
     def relieve(self, newcomer: Connection | None = None) -> None:
         """Evict a connection, but not the newcomer, to free its descriptor and its thread."""
@@ -3040,7 +3064,7 @@ class Receiver(socketserver.BaseServer):
 
         Eight of the most expensive kind together made everybody wait for 3.5 s; 128 took 757 MiB.
         """
-        return self.large_body if len(body) > LARGE_BODY else contextlib.nullcontext()
+        return self.large_body if len(body) > LARGE_BODY else _NO_TURN
 
     def tell_evictions(self) -> None:
         """Tell how many connections were evicted since that was told last."""
