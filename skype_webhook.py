@@ -189,17 +189,6 @@ class SettingsError(Exception):
     """A wrong setting, in one line that says what to do. Ends the start with exit code 2."""
 
 
-def file_kind(mode: int) -> str:
-    """Return what kind of file a mode (`os.stat`) is of, in words; "a file" is a regular one."""
-    if stat.S_ISREG(mode):
-        return "a file"
-    if stat.S_ISDIR(mode):
-        return "a folder"
-    if stat.S_ISFIFO(mode):
-        return "a named pipe"
-    return "a socket" if stat.S_ISSOCK(mode) else "a device"
-
-
 def _why(error: BaseException) -> str:
     """Return an error's reason: what the operating system says of it, or else its text."""
     return str(getattr(error, "strerror", None) or error)
@@ -419,19 +408,7 @@ class Settings:
 
     @cached_property
     def credentials(self) -> tuple[Credential, ...]:
-        """The credentials that a token may match, the present one first; raise SettingsError."""
-        for name in CREDENTIALS:
-            if getattr(self, SETTINGS[name]) in (KEY_PLACEHOLDER, SECRET_PLACEHOLDER):
-                raise SettingsError(f"{name} is still the placeholder of example.env; "
-                                    "paste yours from the API settings page")
-        for name in CREDENTIALS[:2]:
-            if not getattr(self, SETTINGS[name]):
-                raise SettingsError(f"{name} is not set; "
-                                    "put it into .env (see example.env) or into the environment")
-        if self.api_key_previous and not self.api_secret_previous:
-            raise SettingsError("SKYPE_API_KEY_PREVIOUS is set without SKYPE_API_SECRET_PREVIOUS; "
-                                "set both, or the secret alone")
-
+        """The credentials that a token may match, the present one first."""
         # surrogateescape: a secret in the environment may be any bytes.
         present = Credential(self.api_key, self.api_secret.encode("utf-8", "surrogateescape"))
         if not self.api_secret_previous:
@@ -458,25 +435,25 @@ OPTIONS = {
     "api_secret": Option(str, "its secret (required)"),
     "api_key_previous": Option(str, "the key before, while it is still used"),
     "api_secret_previous": Option(str, "the secret before, while it is still used"),
-    "view_password": Option(str, "password of the live view (default: no live view)"),
+    "view_password": Option(str, "password of the live view; without one, there is none"),
     "tls_cert": Option(str, "certificate, PEM, the full chain", "--cert", "FILE"),
     "tls_key": Option(str, "its private key, PEM, not encrypted", "--key", "FILE"),
     "host": Option(
-        str, "address to listen on (default: all, IPv4 and IPv6)", "--host", "ADDRESS"),
+        str, "address to listen on; without one, all, IPv4 and IPv6", "--host", "ADDRESS"),
     "port": Option(
-        _number(int, 0, 65535), "port to listen on (default: 8443)", "--port", "PORT"),
-    "path": Option(_url_path, "path of the webhook URL (default: /)", "--path", "PATH"),
-    "log": Option(str, "the log, appended to (default: events.jsonl)", "--log", "FILE"),
+        _number(int, 0, 65535), "port to listen on", "--port", "PORT"),
+    "path": Option(_url_path, "path of the webhook URL", "--path", "PATH"),
+    "log": Option(str, "the log, appended to", "--log", "FILE"),
     "leeway": Option(
-        _number(float, 0, 3600), "seconds that two clocks may differ (default: 1)",
+        _number(float, 0, 3600), "seconds that two clocks may differ",
         "--leeway", "SECONDS"),
     "max_body": Option(
-        _number(int, 1, 2**24), "longest body in bytes (default: 1 MiB, at most 16)",
+        _number(int, 1, 2**24), "longest body in bytes, at most 16 MiB",
         "--max-body", "BYTES"),
     "max_connections": Option(
-        _number(int, 1, 10_000), "connections at once (default: 256)", "--max-connections", "N"),
+        _number(int, 1, 10_000), "connections at once", "--max-connections", "N"),
     "request_timeout": Option(
-        _number(float, 0.1, 3600), "seconds for a request (default: 10)",
+        _number(float, 0.1, 3600), "seconds for a request",
         "--request-timeout", "SECONDS"),
     "behind_proxy": Option(
         _boolean, "speak plain HTTP, to a proxy that ends TLS", "--behind-proxy"),
@@ -492,6 +469,17 @@ _ENV_LINE = re.compile(  # quotes are taken off, as the shell and systemd do
 # White space, byte order marks, and characters without a width: what copying adds, unseen.
 _UNSEEN = r"[\s\ufeff\u180e\u200b-\u200f\u2060-\u2064]+"
 _UNSEEN_ENDS = re.compile(rf"\A{_UNSEEN}|{_UNSEEN}\Z")
+
+
+def file_kind(mode: int) -> str:
+    """Return what kind of file a mode (`os.stat`) is of, in words; "a file" is a regular one."""
+    if stat.S_ISREG(mode):
+        return "a file"
+    if stat.S_ISDIR(mode):
+        return "a folder"
+    if stat.S_ISFIFO(mode):
+        return "a named pipe"
+    return "a socket" if stat.S_ISSOCK(mode) else "a device"
 
 
 def read_regular_file(path: str) -> bytes:
@@ -620,6 +608,28 @@ def load_settings(options: argparse.Namespace) -> Settings:
     return Settings(**values)
 
 
+def check_credentials(settings: Settings) -> None:
+    """Raise SettingsError where key or secret are missing, or those of example.env."""
+    for variable in CREDENTIALS:
+        if getattr(settings, SETTINGS[variable]) in (KEY_PLACEHOLDER, SECRET_PLACEHOLDER):
+            raise SettingsError(f"{variable} is still the placeholder of example.env; "
+                                "paste yours from the API settings page")
+    for variable in CREDENTIALS[:2]:
+        if not getattr(settings, SETTINGS[variable]):
+            raise SettingsError(f"{variable} is not set; "
+                                "put it into .env (see example.env) or into the environment")
+    if settings.api_key_previous and not settings.api_secret_previous:
+        raise SettingsError("SKYPE_API_KEY_PREVIOUS is set without SKYPE_API_SECRET_PREVIOUS; "
+                            "set both, or the secret alone")
+
+
+def load_credential(options: argparse.Namespace) -> Credential:
+    """Return what `send` and `fetch` sign by; raise SettingsError."""
+    settings = load_settings(options)
+    check_credentials(settings)
+    return settings.credentials[0]
+
+
 def load_serving(options: argparse.Namespace) -> Settings:
     """Return the settings of a receiver, with all that it needs; raise SettingsError."""
     settings = load_settings(options)
@@ -632,7 +642,7 @@ def load_serving(options: argparse.Namespace) -> Settings:
         missing = "--key" if settings.tls_cert else "--cert"
         raise SettingsError(f"{missing} is missing; "
                             "HTTPS needs --cert and --key (or --behind-proxy; or try: demo)")
-    _ = settings.credentials  # here, so that a missing one ends the start
+    check_credentials(settings)
     return settings
 
 
@@ -666,13 +676,19 @@ _NO_STEPS = bytes(set(range(256)) - set(b'[{]}"'))
 def _is_deep(data: bytes, limit: int) -> bool:
     """Return whether brackets in `data`, JSON or not, are nested deeper than `limit`.
 
-    Those in strings do not count; a string that does not end is taken as one up to the end. Takes
-    35 ms for the worst MiB, and as much memory as the data, or twenty times that where it is all
-    strings with brackets in them.
+    Those in strings do not count; a string that does not end is taken as one up to the end:
+
+        {"a[": [1, {}], "b": 7}    data
+        +"+"++--""-                its steps in and out, and the quotes
+        +"+"++---                  without strings that hold no bracket
+        +++---                     outside of strings: the levels are 1, 2, 3, 2, 1, 0
+
+    So it takes no Python for a character: 35 ms for the worst MiB. It takes as much memory as the
+    data, or twenty times that where it is all strings with brackets in them.
     """
     unescaped = data.replace(rb"\\", b"").replace(rb'\"', b"")
     steps = unescaped.translate(_STEPS, _NO_STEPS)
-    steps = steps.replace(b'""', b"")  # a string without brackets, or the seam of two others
+    steps = steps.replace(b'""', b"")  # or the seam of two strings, which does no harm
     outside = b"".join(steps.split(b'"')[::2])
 
     levels = itertools.accumulate(memoryview(outside).cast("b"))
@@ -699,7 +715,7 @@ def _decode_json(data: bytes, decoder: json.JSONDecoder, limit: int = DEPTH_LIMI
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON ({error})" if text else "is empty") from None
     if end != len(text):
-        raise ValueError("goes on behind its JSON value")
+        raise ValueError("goes on after its JSON value")
     return value
 
 
@@ -1195,7 +1211,7 @@ TailKind = Literal["nothing", "event", "torn", "foreign"]
 
 
 def classify_tail(tail: bytes) -> TailKind:
-    """Return what the bytes behind the last newline of a log are.
+    """Return what the bytes after the last newline of a log are.
 
     "event": a whole event, which lacks only its newline. "torn": what a crash left of lines of
     ours, which may be overwritten. "foreign": anything else.
@@ -1280,7 +1296,7 @@ class ReadBack(NamedTuple):
 
     ids: list[str]  # of its last events, the newest first
     broken: int     # lines that hold NULs
-    tail: bytes     # what stands behind the last newline
+    tail: bytes     # what stands after the last newline
     kind: TailKind  # of the tail
     size: int       # of the file, in bytes
 
@@ -1295,18 +1311,18 @@ class LogFile:
     half-way leaves a torn tail again and never a broken line; then a newline ends it. `tail -F`
     prints the whole file again after a truncation, and glues lines without the newline.
 
-    `end` is the size at which we left the file; None where a write was cut short, a sync failed,
-    others changed the file, or nothing was written yet. Then its end is mended before the next
-    event (see `Journal._follow`).
+    `known_size` is the size in bytes at which we left the file; None before the first write, and
+    once a write or a sync failed. Where the file has another size, it is mended before the next
+    event (see `Journal._file_at_path`).
     """
 
     def __init__(self, path: str, warn: Callable[[str], None]) -> None:
         """Open and lock the file at `path`; raise JournalError or OSError."""
         self.path = path
         self.warn = warn
-        self.end: int | None = None
+        self.known_size: int | None = None
         self._has_event = False  # that is durable, and says whose file this is
-        self._refused: tuple[int, bytes] | None = None  # what a failed batch left, and its offset
+        self._remains: tuple[int, bytes] | None = None  # of a failed batch, and their offset
         self._target = os.path.realpath(path)  # of a symbolic link, also of a dangling one
         with contextlib.suppress(FileNotFoundError):
             _check_kind(os.stat(self._target))  # before it is opened: a pipe would block
@@ -1326,21 +1342,19 @@ class LogFile:
         flags |= os.O_RDWR | getattr(os, "O_BINARY", 0)
         return io.FileIO(os.open(self._target, flags, 0o600), "r+")
 
-    def is_at_path(self) -> bool:
-        """Return whether the path still leads to this file, which may have been renamed or removed.
+    def size_at_path(self) -> int | None:
+        """Return the size in bytes, or None if the path does not lead to this file any more.
 
-        If others have changed the file, `end` is None afterwards. Raise JournalError or OSError.
+        It may have been renamed or removed. Raise JournalError or OSError.
         """
         try:
             status = os.stat(self.path)
         except FileNotFoundError:
-            return False
+            return None
         if not os.path.samestat(status, self._status):
-            return False
+            return None
         _check_kind(status)
-        if status.st_size != self.end:
-            self.end = None
-        return True
+        return status.st_size
 
     # reading
 
@@ -1349,7 +1363,7 @@ class LogFile:
         return self._editor.read(size) or b""
 
     def _lines_backwards(self, size: int) -> Iterator[bytes]:
-        """Yield what stands behind the last newline, then the whole lines before it, backwards.
+        """Yield what stands after the last newline, then the whole lines before it, backwards.
 
         RECENT_BYTES in all; raise JournalError if there is no newline in them.
         """
@@ -1382,16 +1396,16 @@ class LogFile:
         lines = self._lines_backwards(size)
         tail = next(lines)
         kind = classify_tail(tail)
-        ids: list[str] = []
-        broken = 0
         is_ours = _is_event(tail)
         is_blank = kind in ("nothing", "torn")
+        ids: list[str] = []
+        broken = 0
         for line in lines:
             if not line.strip(_BLANKS):
                 continue
+            is_blank = False
             has_nul = b"\0" in line  # a page of it was lost in a crash
             broken += has_nul
-            is_blank = False
             if _is_event(line):
                 is_ours = True
                 if not has_nul:
@@ -1399,14 +1413,18 @@ class LogFile:
                 if len(ids) == wanted:
                     break
 
-        if not is_ours and is_blank:  # of a longer file, not all has been read
+        if is_blank and not is_ours:  # of a longer file, not all has been read
             is_ours = size <= RECENT_BYTES or _is_event(self._read(0, _ID.stop + len(_SOURCE)))
         if not is_ours:
-            is_gzip = self._read(0, 2) == b"\x1f\x8b"
-            why = "it is compressed (gzip)" if is_gzip else "it holds no event"
-            raise JournalError(f"{why}, so it is no log of this program, and stays as it is; "
-                               "move it away, or choose another log")
+            self._refuse()
         return ReadBack(ids, broken, tail, kind, size)
+
+    def _refuse(self) -> NoReturn:
+        """Raise JournalError for a file that is somebody else's."""
+        is_gzip = self._read(0, 2) == b"\x1f\x8b"
+        why = "it is compressed (gzip)" if is_gzip else "it holds no event"
+        raise JournalError(f"{why}, so it is no log of this program, and stays as it is; "
+                           "move it away, or choose another log")
 
     def take_over(self) -> list[str]:
         """Return the ids in the file, the newest first, as soon as they are durable.
@@ -1444,12 +1462,12 @@ class LogFile:
                 _sync(self._appender.fileno())
         except (OSError, SyncFailed):
             if written:
-                self._refused = (self._appender.tell() - written, lines[:written])
-                self.end = None
+                self._remains = (self._appender.tell() - written, lines[:written])
+                self.known_size = None
                 with contextlib.suppress(OSError, JournalError):
                     self.mend()  # what cannot be done now is done before the next batch
             raise
-        self.end = self._appender.tell()
+        self.known_size = self._appender.tell()
         self._has_event = self._has_event or _is_event(lines)
 
     def _ends_of_parts(self, lines: bytes) -> list[int]:
@@ -1465,14 +1483,15 @@ class LogFile:
         return [end for end in ends if end < len(lines)] + [len(lines)]
 
     def mend(self) -> list[str]:
-        """Blank what a failed batch left, and end what stands behind the last newline.
+        """Blank what a failed batch left, and end what stands after the last newline.
 
         Return the ids of events that are durable by that: one if it only lacked its newline. Raise
         JournalError if the file is not ours (any more), OSError or SyncFailed.
         """
-        if self._refused:
-            self._blank(*self._refused)
-            self._refused = None
+        self.known_size = None
+        if self._remains:
+            self._blank(*self._remains)
+            self._remains = None
         found = self.read_back(1)
         tail, kind = found.tail, found.kind
         self._has_event = bool(found.ids) or kind == "event"
@@ -1483,7 +1502,7 @@ class LogFile:
                 raise OSError(errno.ENOSPC, "a torn line could not be ended")
             _sync(self._appender.fileno())
             self.warn(_MENDED[kind].format(path=self.path, size=len(tail)))
-        self.end = self._editor.seek(0, os.SEEK_END)
+        self.known_size = self._editor.seek(0, os.SEEK_END)
         return [tail[_ID].decode()] if kind == "event" else []
 
     def _blank(self, start: int, content: bytes) -> None:
@@ -1660,27 +1679,32 @@ class Journal:
             self._wake.notify()
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
-            self._abandon("the disk did not take it before the receiver had to stop")
+            self._settle_all("the disk did not take it before the receiver had to stop")
 
     # the thread
 
     def _run(self) -> None:
-        """Commit one batch after another, until the journal closes or a sync fails."""
-        try:
-            while batch := self._next_batch():
-                self._settle(batch, self._commit(batch))
+        """Commit what comes, until the journal closes or nothing more can be stored."""
+        final = self._commit_all()
+        if self._file:
+            self._file.close()
+        if final is None:
             return
-        except SyncFailed as error:
-            final = f"{self.path}: {error}"
-        except Exception as fault:  # out of memory, or a fault of ours
-            final = f"{self.path}: {describe_fault(fault)}"
-        finally:
-            if self._file:
-                self._file.close()
         with self._lock:
             self.final = final
         self.on_final()  # first: nobody else is accepted while the others get their answers
-        self._abandon(final)
+        self._settle_all(final)
+
+    def _commit_all(self) -> str | None:
+        """Commit one batch after another; return None at the end, or why nothing can be stored."""
+        try:
+            while batch := self._next_batch():
+                self._settle(batch, self._commit(batch))
+        except SyncFailed as error:
+            return f"{self.path}: {error}"
+        except Exception as fault:  # out of memory, or a fault of ours
+            return f"{self.path}: {describe_fault(fault)}"
+        return None
 
     def _next_batch(self) -> list[_Entry]:
         """Wait for something to write, and return all of it; nothing once the journal closes."""
@@ -1695,7 +1719,7 @@ class Journal:
     def _commit(self, batch: Sequence[_Entry]) -> str | None:
         """Store one batch; return None, or why none of its lines counts. Raise SyncFailed."""
         try:
-            self._follow().append(b"".join([entry.line for entry in batch]))
+            self._file_at_path().append(b"".join([entry.line for entry in batch]))
         except (OSError, JournalError) as error:
             return f"{self.path}: {_why(error)}"
         return None
@@ -1713,7 +1737,7 @@ class Journal:
         for entry in waiting:
             entry.settle(error)
 
-    def _abandon(self, reason: str) -> None:
+    def _settle_all(self, reason: str) -> None:
         """Let no append wait any longer."""
         with self._lock:
             waiting = list(self._unsettled.values())
@@ -1730,18 +1754,19 @@ class Journal:
 
     # the file
 
-    def _follow(self) -> LogFile:
+    def _file_at_path(self) -> LogFile:
         """Return the file at the path, mended; raise JournalError, OSError or SyncFailed.
 
         It is opened anew where it is another one than before: rotated, removed, or refused before.
         """
         file = self._file
-        if file and not file.is_at_path():
-            self._leave(file)
+        size = file.size_at_path() if file else None
+        if file and size is None:
+            self._release(file)
             file = None
         if file is None:
             file = self._open()
-        if file.end is None:
+        if size is None or size != file.known_size:
             self._mend(file)
         return file
 
@@ -1763,11 +1788,11 @@ class Journal:
         with self._lock:
             self._remember(event_ids)
 
-    def _leave(self, file: LogFile) -> None:
+    def _release(self, file: LogFile) -> None:
         """Let a file go that is no longer at the path; it is the last chance to mend it."""
         self._file = None
         try:
-            if file.end is None:
+            if file.known_size is None:
                 with contextlib.suppress(OSError, JournalError):  # the next file may have space
                     self._mend(file)
         finally:
@@ -1833,12 +1858,12 @@ def format_head(status: int, length: int | None, media_type: str,
 PROXY_PROTOCOL = "the PROXY protocol"
 NO_PROXY_PROTOCOL = ("the PROXY protocol is not spoken here; turn it off in the proxy "
                      "(send-proxy, proxy_protocol)")
-_PROXY_PROTOCOL = (b"PROXY ", b"\r\n\r\n\0\r\nQUIT\n")  # how its versions 1 and 2 begin
+_PROXY_STARTS = (b"PROXY ", b"\r\n\r\n\0\r\nQUIT\n")  # how its versions 1 and 2 begin
 
 
 def name_protocol(first: bytes) -> str | None:
     """Return what a peer speaks that begins with these bytes, or None if it can be TLS."""
-    if first.startswith(_PROXY_PROTOCOL):
+    if first.startswith(_PROXY_STARTS):
         return PROXY_PROTOCOL
     if b"A" <= first[:1] <= b"Z":  # a method; TLS begins with byte 22
         return "plain HTTP"
@@ -1983,7 +2008,7 @@ class Connection:
                 return step(*arguments)
             except ssl.SSLWantReadError:
                 pass
-            finally:
+            finally:  # after an error, too: TLS has an alert to send
                 if self.outgoing.pending:
                     self._speak_tls()
             self.incoming.write(self._read_socket())
@@ -2015,7 +2040,7 @@ class Connection:
 
     def _transmit(self, data: bytes, seconds: float) -> None:
         """Send all of `data`; raise Disconnected if that takes longer than so many seconds."""
-        end = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         while True:
             self._set_timeout(socket.SO_SNDTIMEO, seconds)
             try:
@@ -2025,7 +2050,7 @@ class Connection:
             if sent == len(data):
                 return
             data = data[sent:]
-            seconds = end - time.monotonic()
+            seconds = deadline - time.monotonic()
 
     def acknowledge(self) -> None:
         """Acknowledge what has arrived: until then, Nagle holds back the rest, mostly for 40 ms."""
@@ -2059,10 +2084,11 @@ class Connection:
 
     def _drain(self) -> None:
         """Read and drop what comes, within DRAIN_SECONDS and DRAIN_BYTES; raise OSError."""
-        end, left = time.monotonic() + DRAIN_SECONDS, DRAIN_BYTES
+        deadline = time.monotonic() + DRAIN_SECONDS
+        left = DRAIN_BYTES
         dropped = bytearray(DRAIN_READ)
         while left > 0:
-            self.socket.settimeout(max(0.0, end - time.monotonic()))
+            self.socket.settimeout(max(0.0, deadline - time.monotonic()))
             received = self.socket.recv_into(dropped)
             if not received:
                 return
@@ -2136,10 +2162,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.respond()
         except Rejected as refusal:
             self.refuse(refusal)
-        except ConnectionEnded as end:
-            if self.answered or isinstance(end, Evicted):
+        except ConnectionEnded as why:
+            if self.answered or isinstance(why, Evicted):
                 raise
-            self.refuse(self.incomplete(end))
+            self.refuse(self.incomplete(why))
         except Exception as fault:
             if self.answered:
                 raise
@@ -2176,11 +2202,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def read_head(self) -> None:
         """Read the head of a request; raise Rejected or ConnectionEnded."""
-        if self.buffer.startswith(_PROXY_PROTOCOL):
+        if self.buffer.startswith(_PROXY_STARTS):
             raise Rejected(400, NO_PROXY_PROTOCOL)
         # Some senders end a body with an empty line (RFC 9112 section 2.2).
         self.buffer = self.buffer.removeprefix(b"\r\n")
-        self.head = parse_head(self.read_section())
+        text = self.read_until(b"\r\n\r\n", HEAD_LIMIT - 4)
+        if text is None:
+            # A target that is too long has an answer of its own.
+            _parse_request_line(self.buffer.partition(b"\r\n")[0].decode("latin-1"))
+            raise Rejected(431, f"the head is longer than {HEAD_LIMIT} bytes")
+        self.head = parse_head(text)
         self.command = self.head.method
         self.path = self.head.path
         self.unread = self.head.length not in (None, 0)
@@ -2243,34 +2274,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.acknowledge()
         return self.connection.receive()
 
-    def read_until(self, end: bytes, limit: int) -> str | None:
-        """Take what stands before `end`, and `end`, from the buffer.
+    def read_until(self, delimiter: bytes, limit: int) -> str | None:
+        """Return what comes before `delimiter`, as Latin-1; None if it is longer than `limit`.
 
-        Return the one as Latin-1, None if it is longer than `limit` bytes; raise Rejected for a
-        bare CR or LF, or a NUL, as soon as it is there.
+        Both are taken from the buffer; `limit` is in bytes. Raise Rejected for a bare CR or LF, or
+        a NUL, as soon as it is there.
         """
         scanned = 0
-        length = self.buffer.find(end)
-        while length < 0 and len(self.buffer) <= limit + len(end):
+        length = self.buffer.find(delimiter)
+        while length < 0 and len(self.buffer) <= limit + len(delimiter):
             if _BARE.search(self.buffer, scanned):
                 raise Rejected(400, "there is a bare CR or LF, or a NUL (RFC 9112 section 2.2)")
-            scanned = max(0, len(self.buffer) - len(end) + 1)
+            scanned = max(0, len(self.buffer) - len(delimiter) + 1)
             self.buffer += self.receive_more()
-            length = self.buffer.find(end, scanned)
+            length = self.buffer.find(delimiter, scanned)
 
         if not 0 <= length <= limit:
             return None
-        data, self.buffer = self.buffer[:length], self.buffer[length + len(end):]
+        data = self.buffer[:length]
+        self.buffer = self.buffer[length + len(delimiter):]
         return data.decode("latin-1")
-
-    def read_section(self, limit: int = HEAD_LIMIT) -> str:
-        """Return lines up to an empty one, without their last CRLF; `limit` is in bytes, of all."""
-        section = self.read_until(b"\r\n\r\n", limit - 4)
-        if section is None:
-            if not self.buffer.startswith(b"\r\n"):  # a head, not trailers: is its target too long?
-                _parse_request_line(self.buffer.partition(b"\r\n")[0].decode("latin-1"))
-            raise Rejected(431, f"the head, or the trailers, are longer than {HEAD_LIMIT} bytes")
-        return section
 
     def check_length(self) -> None:
         """Raise Rejected where no body is announced, or one that is too long."""
@@ -2320,7 +2343,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise Rejected(400, f"a chunk line is longer than {CHUNK_LINE_LIMIT} bytes")
             size = parse_chunk_size(line)
             data_left -= size
-            framing_left -= len(line) + 4  # with the CRLF behind it, and that behind the data
+            framing_left -= len(line) + 4  # with the CRLF after it, and that after the data
             if data_left < 0 or framing_left < 0:
                 raise self.too_long()
             if size == 0:
@@ -2331,15 +2354,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             parts.append(chunk[:-2])
 
         self.buffer = b"\r\n" + self.buffer  # so that the trailers, often none, end like a head
-        _parse_fields(self.read_section(HEAD_LIMIT + 2).split("\r\n")[1:])
+        trailers = self.read_until(b"\r\n\r\n", HEAD_LIMIT - 2)
+        if trailers is None:
+            raise Rejected(431, f"the trailers are longer than {HEAD_LIMIT} bytes")
+        _parse_fields(trailers.split("\r\n")[1:])
         return b"".join(parts)
 
-    def incomplete(self, end: ConnectionEnded) -> Rejected:
+    def incomplete(self, why: ConnectionEnded) -> Rejected:
         """Return the refusal of a request that was not whole."""
-        if isinstance(end, DeadlineExceeded):
+        if isinstance(why, DeadlineExceeded):
             seconds = self.settings.request_timeout
             return Rejected(408, f"the request was not whole within {seconds:g} s")
-        if isinstance(end, Stopped):
+        if isinstance(why, Stopped):
             return Rejected(503, "the receiver is stopping; send it again", ("Retry-After", "1"))
         return Rejected(400, "the request ended before it was whole")
 
@@ -2432,7 +2458,7 @@ class Tail:
 
     `file` is the one that is read, from `offset` on. The journal never writes to a file again once
     it has written to the next. So as soon as another file at the path holds an event, it is opened
-    (`following`), what is left of `file` is all that there will be of it, and then `following`
+    (`next_file`), what is left of `file` is all that there will be of it, and then `next_file`
     takes its place. Until then, a missing or empty file at the path means nothing.
 
     A file whose `mark` changes was truncated (copytruncate), and is read from its start. A file
@@ -2442,12 +2468,12 @@ class Tail:
     def __init__(self, path: str) -> None:
         self.path = path
         self.file = _open_log(path)
-        self.following: io.FileIO | None = None
+        self.next_file: io.FileIO | None = None
         self.offset = 0
         self.mark = _log_mark(self.file) if self.file else ""
 
     def close(self) -> None:
-        for file in (self.file, self.following):
+        for file in (self.file, self.next_file):
             if file:
                 file.close()
 
@@ -2455,8 +2481,8 @@ class Tail:
         """Return the stream's id of the event whose line ends at `offset`."""
         return f"{self.mark}-{offset}"
 
-    def go_behind(self, event_id: str) -> None:
-        """Begin behind the event of this id; at the file's start, if the id is of another file."""
+    def go_after(self, event_id: str) -> None:
+        """Begin after the event of this id; at the file's start, if the id is of another file."""
         mark, _, digits = event_id.partition("-")
         if not self.file or mark != self.mark or not re.fullmatch(r"[0-9]{1,18}", digits):
             return
@@ -2480,10 +2506,10 @@ class Tail:
         self._look()  # before reading: what is read of a complete file then is all of it
         lines = self._read()
 
-        if not lines and self.following:
+        if not lines and self.next_file:
             if self.file:
                 self.file.close()
-            self.file, self.following = self.following, None
+            self.file, self.next_file = self.next_file, None
             self.offset = 0
             self.mark = _log_mark(self.file)
             lines = self._read()
@@ -2491,8 +2517,8 @@ class Tail:
 
     def _look(self) -> None:
         """Notice a rotation or a truncation."""
-        if not self.following:
-            self.following = self._open_next()
+        if not self.next_file:
+            self.next_file = self._open_next()
         mark = _log_mark(self.file) if self.file else ""
         if mark not in ("", self.mark):
             self.offset = 0
@@ -2659,7 +2685,7 @@ def stream_events(handler: Handler, tail: Tail) -> None:
 def show_events(handler: Handler) -> None:
     """GET /events: the log as server-sent events, each a line of it.
 
-    Who comes back with the id of the last one goes on behind it. The header comes first: a browser
+    Who comes back with the id of the last one goes on after it. The header comes first: a browser
     that reconnects by itself sends it along with the query that it began with.
     """
     check_password(handler)
@@ -2672,7 +2698,7 @@ def show_events(handler: Handler) -> None:
     watch_for_silence(handler.connection.socket)
     with contextlib.closing(Tail(handler.settings.log)) as tail:
         if last_id:
-            tail.go_behind(last_id)
+            tail.go_after(last_id)
         else:
             tail.go_near_end()
         handler.send(format_head(200, None, "text/event-stream; charset=utf-8", fields))
@@ -2801,7 +2827,7 @@ class Certificate:
                                  status.st_ctime_ns, status.st_mtime_ns))
         return versions
 
-    def follow(self) -> None:
+    def reload_if_changed(self) -> None:
         """Swap a new context in once the files have changed and load; else keep the old one."""
         if time.monotonic() < self.next_look:
             return
@@ -2963,7 +2989,7 @@ class Receiver(socketserver.BaseServer):
             self.add_threads()
         self.tell_evictions()
         if self.certificate:
-            self.certificate.follow()
+            self.certificate.reload_if_changed()
 
     def accept(self, listener: socket.socket) -> bool:
         """Accept one connection, and have it served; return whether there was one.
@@ -3156,27 +3182,28 @@ class Receiver(socketserver.BaseServer):
         arrived, and answer it, until STOP_SECONDS. 3. Close the journal, which takes CLOSE_SECONDS
         at most; what is not stored by then is answered 503. Cut who is left.
         """
-        begun = time.monotonic()
-        self.take_backlog(begun + STOP_GRACE)
-        self.wait_for_answers(begun + STOP_GRACE, begun + STOP_SECONDS)
+        grace_deadline = time.monotonic() + STOP_GRACE
+        deadline = time.monotonic() + STOP_SECONDS
+        self.take_backlog(grace_deadline)
+        self.wait_for_answers(grace_deadline, deadline)
         self.cut_the_rest()
         self.selector.close()
 
-    def take_backlog(self, end: float) -> None:
+    def take_backlog(self, deadline: float) -> None:
         """Accept who waits in the queue; what waits with systemd is for our successor."""
         for listener in self.listeners:
-            while not self.inherited and time.monotonic() < end and self.accept(listener):
+            while not self.inherited and time.monotonic() < deadline and self.accept(listener):
                 pass
             listener.close()
 
-    def wait_for_answers(self, grace: float, end: float) -> None:
-        """Let senders finish what they have begun until `grace`, and answer it until `end`."""
+    def wait_for_answers(self, grace_deadline: float, deadline: float) -> None:
+        """Let senders finish what they have begun until the one, and answer it until the other."""
         with self.changed:
-            self.changed.wait_for(self.has_none, grace - time.monotonic())
+            self.changed.wait_for(self.has_none, grace_deadline - time.monotonic())
             for connection in self.connections:
                 if connection.interruption is None:
                     connection.interrupt(Stopped)
-            self.changed.wait_for(self.has_none, end - time.monotonic())
+            self.changed.wait_for(self.has_none, deadline - time.monotonic())
 
     def cut_the_rest(self) -> None:
         """End the connections that wait for the disk, then those that do not take their answer."""
@@ -3348,7 +3375,7 @@ def describe_distrust(error: ssl.SSLCertVerificationError) -> str:
     return f"its certificate is not trusted here ({error.verify_message}); {advice}"
 
 
-def describe_trouble(error: Exception) -> str:
+def describe_no_answer(error: Exception) -> str:
     """Return why there was no answer, in words for an operator."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return describe_distrust(error)
@@ -3453,7 +3480,7 @@ def deliver_turns(
             try:
                 status, answer = sender.deliver(body())
             except (OSError, ValueError, http.client.HTTPException) as error:
-                trouble = describe_trouble(error)
+                trouble = describe_no_answer(error)
                 if isinstance(error, ConnectionRefusedError):
                     trouble += "; is the receiver running there?"
                 tally.fail(f"not delivered: {trouble}")
@@ -3622,7 +3649,7 @@ def describe_failure(error: Exception) -> str:
         return f"no whole answer within {FETCH_SECONDS:.0f} s"
     if isinstance(error, http.client.HTTPException):
         return f"no whole HTTP answer ({type(error).__name__})"
-    return describe_trouble(error)
+    return describe_no_answer(error)
 
 
 def read_codes(words: Sequence[str]) -> Iterator[str]:
@@ -3993,7 +4020,7 @@ def serve_demo(folder: str, port: int, signals: Signals) -> int:
                 show_delivery(f"https://{address}/", credential, folder)
             except (OSError, ValueError, http.client.HTTPException) as error:
                 if not signals.stop:  # by which it was cut off
-                    tell(f"error: demo: {describe_trouble(error)}")
+                    tell(f"error: demo: {describe_no_answer(error)}")
                     failed.set()
                     signals.ask_to_stop()
 
@@ -4019,7 +4046,7 @@ def demo(options: argparse.Namespace) -> int:
 
 def send(options: argparse.Namespace) -> int:
     """Sign and deliver sample events, or one from a file; return 0 if all were taken."""
-    credential = load_settings(options).credentials[0]
+    credential = load_credential(options)
     context = client_context(options.ca, options.insecure)
     try:
         stored = pathlib.Path(options.file).read_bytes() if options.file else None
@@ -4051,7 +4078,7 @@ def fetch(options: argparse.Namespace) -> int:
     base = split_url(options.url)
     if base.query or base.fragment:
         raise SettingsError(f"--url {options.url}: it has to end with its path; codes follow it")
-    credential = load_settings(options).credentials[0]
+    credential = load_credential(options)
     context = client_context(options.ca, options.insecure)
 
     failed = 0
@@ -4190,9 +4217,11 @@ def add_serve_arguments(parser: Parser) -> None:
     parser.add_argument("--version", action="version", version=__version__)
     add_env_file(parser)
     for name, option in OPTIONS.items():
+        default = getattr(Settings, name)
         if option.metavar:
+            told = f" (default: {default})" if default != "" else ""
             parser.add_argument(option.flag, dest=name, type=option.parse,
-                                metavar=option.metavar, help=option.help)
+                                metavar=option.metavar, help=option.help + told)
         elif option.flag:
             parser.add_argument(option.flag, dest=name, action="store_const", const=True,
                                 help=option.help)
@@ -4516,8 +4545,10 @@ function take(line) {
   changed.add(interview);
 }
 
+const byKey = (a, b) => (a.key > b.key) - (a.key < b.key);
+
 function settle(interview) {  // in the order of the events' own time, with gaps marked
-  const steps = interview.steps.sort((a, b) => a.key < b.key ? -1 : 1);
+  const steps = interview.steps.sort(byKey);
   let before = "";
   for (const step of steps) {
     step.gap = Boolean(before && step.stage && step.previous !== before);
@@ -4643,14 +4674,15 @@ function announce(news) {
 }
 
 function render() {
-  due = clearTimeout(due);
+  clearTimeout(due);
+  due = undefined;
   changed.forEach(settle);
   const news = [...changed].filter(each => each.fresh);
   changed.clear();
 
   const wanted = $("filter").value.trim().toLowerCase();
   const found = [...interviews.values()].filter(each => each.text.includes(wanted));
-  const part = found.sort((a, b) => a.now.key < b.now.key ? 1 : -1).slice(0, ROWS);
+  const part = found.sort((a, b) => byKey(b.now, a.now)).slice(0, ROWS);
   part.filter(each => each.stale).forEach(fill);
   arrange(part.map(each => each.row));
   if (news.length) announce(news);

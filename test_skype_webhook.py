@@ -4511,7 +4511,7 @@ def test_an_answer_may_be_json_of_any_kind(service, fetch, answer, line):
     (reply(200, b'"\n"'), "200, but its content is not JSON "
                           "(Invalid control character at: line 1 column 2 (char 1))"),
     (reply(200, b"[" * 9999), "200, but its content is nested deeper than 64 containers"),
-    (reply(200, b"{}{}"), "200, but its content goes on behind its JSON value"),
+    (reply(200, b"{}{}"), "200, but its content goes on after its JSON value"),
     (reply(200, b"{}", Content_Length=3), "no whole HTTP answer (IncompleteRead)"),
     (lambda handler: None, "no whole HTTP answer (RemoteDisconnected)"),
     (lambda handler: handler.wfile.write(b"\x1b[2J\r\n"), "no whole HTTP answer (BadStatusLine)")])
