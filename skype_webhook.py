@@ -3203,6 +3203,8 @@ class Receiver(socketserver.BaseServer):
             for connection in self.connections:
                 if connection.interruption is None:
                     connection.interrupt(Stopped)
+            for viewer in self.viewers:  # their streams have ended, if they took all that was sent
+                viewer.interrupt(Evicted)
             self.changed.wait_for(self.has_none, deadline - time.monotonic())
 
     def cut_the_rest(self) -> None:
@@ -3215,7 +3217,7 @@ class Receiver(socketserver.BaseServer):
             self.changed.wait_for(self.has_none, CUT_SECONDS)
 
     def has_none(self) -> bool:
-        return not self.connections
+        return not (self.connections or self.viewers)
 
 
 def _addresses(host: str, port: int) -> dict[tuple[Any, ...], int]:

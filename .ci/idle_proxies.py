@@ -110,7 +110,7 @@ def deliver_at(seconds: float, port: int, rounds: int, acknowledged: list[str],
     for number in range(rounds):
         if number:
             time.sleep(seconds + random.uniform(-0.1, 0.1))
-        body = kit.event()
+        body = kit.new_event()
         try:
             with kit.Peer(port) as peer:
                 status = peer.ask(kit.post(body))
