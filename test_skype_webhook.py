@@ -3057,10 +3057,10 @@ def test_a_certificate_that_vanishes_while_it_is_loaded_leaves_the_old_one(serve
     assert "No such file or directory; the old settings stay in force" in server.stderr() and server.deliver(new_event())[0] == 200
 
 
-# Each row: the first and the last day of a certificate, and what the warning says.
+# Each row: the first and the last day of a certificate, and what the warning says, in the words of any OpenSSL.
 @pytest.mark.parametrize(("begin", "end", "said"), [
     ("20200101", "20200102", "certificate has expired; senders refuse it, so renew it"),
-    ("20400101", "20400102", "certificate is not yet valid; look at this machine's clock first"),
+    ("20400101", "20400102", "certificate is not yet valid.*; look at this machine's clock first"),
 ])
 def test_a_certificate_out_of_its_time_is_served_with_a_warning(serve, tmp_path, begin, end, said):
     cert, key = make_dated_certificate(tmp_path, begin, end)
@@ -3099,8 +3099,10 @@ def authority(tmp_path_factory):
     ("der.pem", "leaf.key", "openssl converts other formats"),
 ])
 def test_a_pair_that_cannot_be_served_says_why(authority, cert, key, said):
-    if cert == "sha1.pem" and ssl.OPENSSL_VERSION_INFO < (3,):
-        pytest.skip("this OpenSSL serves SHA-1")
+    if cert == "sha1.pem":
+        with contextlib.suppress(ssl.SSLError):  # 3.0 refuses it; older and the newest versions leave that to the peer
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(authority / cert, authority / key)
+            pytest.skip("this OpenSSL serves SHA-1")
     with pytest.raises(sw.SettingsError) as caught:
         sw.load_context(str(authority / cert), str(authority / key))
     assert said in str(caught.value) and cert in str(caught.value)
