@@ -2558,15 +2558,15 @@ def test_drip_by_drip_every_stage_has_the_same_time_in_all(serve):
 
 
 def test_a_connection_that_has_delivered_may_be_idle_for_longer(serve):
-    server = serve("--request-timeout", "1", limits={"IDLE_SECONDS": 2.5})
+    server = serve("--request-timeout", "0.5", limits={"IDLE_SECONDS": 1.6})
     with Peer(server.port) as other, Peer(server.port) as proven:
         assert (other.ask(HEALTH), proven.ask(post(new_event()))) == (200, 200)
         begun = time.monotonic()
-        assert other.ended() and 0.9 <= time.monotonic() - begun < 2
-        time.sleep(0.8)  # longer than the time of a request, which begins only now
+        assert other.ended() and 0.4 <= time.monotonic() - begun < 1.5
+        time.sleep(0.3)  # in all longer than the time of a request, which begins only now
         assert proven.ask(post(new_event())) == 200
         begun = time.monotonic()
-        assert proven.ended() and 2.4 <= time.monotonic() - begun < 4
+        assert proven.ended() and 1.5 <= time.monotonic() - begun < 3
 
 
 def test_behind_a_proxy_a_connection_may_be_idle_before_its_first_request(serve):
@@ -2720,7 +2720,7 @@ def test_eight_answers_without_an_event_end_no_proxy_s_connection(serve):
 
 
 def test_evictions_are_told_and_counted(serve):
-    server = serve("--max-connections", "2")
+    server = serve("--max-connections", "2", limits={"STOP_GRACE": 0.1})
     flood = connect(server, 12)
     server.wait_for("evicted [0-9]+ connections, .* raise --max-connections")
     assert server.deliver(new_event())[0] == 200 and server.stop() == 0
@@ -4175,7 +4175,7 @@ def test_send_says_that_it_was_the_limit_where_it_was(busy, says_so):
 
 def test_send_is_not_the_limit_of_a_slow_receiver(tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), SlowReceiver) as slow:
-        gather(1, slow.serve_forever)
+        gather(1, functools.partial(slow.serve_forever, 0.01))  # seconds until it sees its end
         url = f"http://127.0.0.1:{slow.server_port}/"
         words = ("--count", 100, "--concurrency", 8)
         code, out, _ = run("send", url, *words, cwd=tmp_path, **OURS)
@@ -4444,7 +4444,7 @@ class Service(http.server.ThreadingHTTPServer):
         context.load_cert_chain(*certificate)
         self.socket = context.wrap_socket(self.socket, server_side=True)
         self.url = f"https://localhost:{self.server_port}/api/interviews"
-        gather(1, self.serve_forever)
+        gather(1, functools.partial(self.serve_forever, 0.01))  # seconds until it sees its end
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -4558,7 +4558,7 @@ def test_a_silent_address_leaves_the_others_their_time(service, monkeypatch):
     service.has("x", reply(200, b"{}"))
     found = [(0, 0, 0, "", (address, 0)) for address in ("127.0.0.2", "127.0.0.1")]
     resolve = socket.getaddrinfo
-    monkeypatch.setattr(sw, "FETCH_SECONDS", 4.0)
+    monkeypatch.setattr(sw, "FETCH_SECONDS", 2.0)
     with contextlib.ExitStack() as stack:
         silent = stack.enter_context(socket.socket())
         silent.bind(("127.0.0.2", service.server_port))
