@@ -50,7 +50,8 @@ KEY = "0ed0e01b-4f8f-93ee-45de-9695954a44a9"
 SECRET = b"3627875e-7826-8a35-4b38-c54e8a4bb1f1"
 CREDENTIAL = sw.Credential(KEY, SECRET)
 OURS = {"SKYPE_API_KEY": KEY, "SKYPE_API_SECRET": SECRET.decode()}
-CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(("SKYPE_", "LISTEN_", "NOTIFY_"))}
+CLEAN = {name: value for name, value in os.environ.items()
+         if not name.startswith(("SKYPE_", "LISTEN_", "NOTIFY_"))}
 
 
 # --- The sender's side, independent of the module ---
@@ -69,30 +70,42 @@ def jws(header, payload, secret=SECRET):
     return (signed + b"." + base64url(hmac.new(secret, signed, hashlib.sha256).digest())).decode()
 
 
+def json_of(members):
+    """Return an object as JSON; a member that is None is left out."""
+    given = {name: value for name, value in members.items() if value is not None}
+    return json.dumps(given).encode()
+
+
 def token_of(body, now=None, secret=SECRET, **claims):
-    """Return a token as the getting-started page describes it; a claim given as None is left out."""
+    """Return a token as the getting-started page says; a claim given as None is left out."""
     now = int(time.time() if now is None else now)
-    claims = {"jti": str(uuid.uuid4()), "iss": KEY, "sub": sha256(body), "exp": now + 10, "iat": now, **claims}
-    return jws(b'{"alg":"HS256","typ":"JWT"}', json.dumps({k: v for k, v in claims.items() if v is not None}).encode(), secret)
+    dated = {"jti": str(uuid.uuid4()), "iss": KEY, "sub": sha256(body), "exp": now + 10, "iat": now}
+    return jws(b'{"alg":"HS256","typ":"JWT"}', json_of({**dated, **claims}), secret)
 
 
 def new_event(**fields):
     """Return the body of a new event, each call another; a field given as None is left out."""
-    fields = {"previousStage": {"value": "InterviewCreated", "metadata": "1 - Interview was created"},
-              "currentStage": {"value": "SchedulingTime", "metadata": "2000 - Pending interviewer time selection"},
-              "event": "State", "timestamp": "2018-02-26T17:50:17.4862382Z", "interviewCode": str(uuid.uuid4()), **fields}
-    return json.dumps({k: v for k, v in fields.items() if v is not None}).encode()
+    return json_of({
+        "previousStage": {"value": "InterviewCreated", "metadata": "1 - Interview was created"},
+        "currentStage": {"value": "SchedulingTime", "metadata": "2000 - Pending interviewer time"},
+        "event": "State",
+        "timestamp": "2018-02-26T17:50:17.4862382Z",
+        "interviewCode": str(uuid.uuid4()),
+        **fields})
 
 
 def post(body, *fields, authorization=None, length=True, path="/"):
     """Return the raw bytes of one delivery; `fields` are further header lines."""
-    lines = [f"POST {path} HTTP/1.1", "Host: localhost", f"Authorization: {authorization or 'Bearer ' + token_of(body)}", *fields]
-    return "\r\n".join(lines + [f"Content-Length: {len(body)}"] * length).encode("latin-1") + b"\r\n\r\n" + body
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", *fields]
+    lines.append(f"Authorization: {authorization or 'Bearer ' + token_of(body)}")
+    if length:
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
 
 
 def chunked(body):
     """Return the raw bytes of one delivery up to its body, which is to follow in chunks."""
-    return post(body, "Transfer-Encoding: chunked", length=False).partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+    return post(body, "Transfer-Encoding: chunked", length=False)[:-len(body)]
 
 
 class Peer:
@@ -108,15 +121,16 @@ class Peer:
 
     def start_tls(self):
         context = ssl._create_unverified_context()
-        context.options &= ~0x80  # OP_IGNORE_UNEXPECTED_EOF, which 3.9 sets
-        self.socket = context.wrap_socket(self.raw, server_hostname="localhost", suppress_ragged_eofs=False)  # a closure alert is due
+        context.options &= ~0x80  # OP_IGNORE_UNEXPECTED_EOF, which 3.9 sets: a closure alert is due
+        self.socket = context.wrap_socket(
+            self.raw, server_hostname="localhost", suppress_ragged_eofs=False)
         self.file = self.socket.makefile("rb")
 
     def send(self, data):
         self.socket.sendall(data)
 
     def answer(self, with_content=True):
-        """Return (status, fields by lower-case name, content) of the next answer; (0, {}, b"") at the end."""
+        """Return status, fields by lower-case name and content of the next answer; 0 at the end."""
         try:
             line = self.file.readline()
         except OSError:
@@ -124,7 +138,7 @@ class Peer:
         if not line:
             return 0, {}, b""
         fields = {}
-        while (field := self.file.readline().decode("latin-1").rstrip("\r\n")):
+        for field in iter(lambda: self.file.readline().decode("latin-1").rstrip("\r\n"), ""):
             name, _, value = field.partition(":")
             fields[name.lower()] = value.strip()
         length = int(fields.get("content-length", 0)) if with_content else 0
@@ -136,7 +150,7 @@ class Peer:
         return self.answer()[0]
 
     def ended(self):
-        """Tell whether the server has closed the connection in an orderly way."""
+        """Return whether the server has closed the connection in an orderly way."""
         try:
             return self.file.read(1) == b""
         except OSError:
@@ -159,9 +173,9 @@ class Peer:
 def make_certificate(folder):
     """Return the paths of a new P-256 certificate for localhost and of its key."""
     cert, key = str(folder / "cert.pem"), str(folder / "key.pem")
-    words = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", "/CN=localhost",
-             "-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", cert]
-    subprocess.run(words, check=True, capture_output=True)
+    words = ("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes "
+             "-subj /CN=localhost -addext subjectAltName=DNS:localhost -keyout").split()
+    subprocess.run([*words, key, "-out", cert], check=True, capture_output=True)
     return cert, key
 
 
@@ -187,24 +201,29 @@ def certificate(tmp_path_factory):
     return make_certificate(tmp_path_factory.mktemp("tls"))
 
 
+# The program with other limits. It has to be __main__, or it would give its signals back at the end.
+WITH_LIMITS = ("import json, sys, skype_webhook as sw\n"
+               "vars(sw).update(json.loads(sys.argv.pop(1)), __name__='__main__')\n"
+               "sys.exit(sw.main())")
+
+
 class Server:
-    """A receiver in a process of its own; `limits` are the module's, where theirs would take a test too long."""
+    """A receiver in a process of its own; `limits` replace the module's that take too long."""
 
     def __init__(self, folder, certificate, *flags, limits=None, **environment):
         self.log = folder / "events.jsonl"
         self.errors = folder / f"stderr.{uuid.uuid4().hex}"
-        tls = [] if "--behind-proxy" in flags else ["--cert", certificate[0], "--key", certificate[1]]
-        text = (HERE / "skype_webhook.py").read_text("utf-8")
-        for name, value in (limits or {}).items():
-            text, count = re.subn(rf"^{name} = .*", f"{name} = {value}", text, flags=re.MULTILINE)
-            assert count == 1, name
-        program = [sys.executable, str(folder / "skype_webhook.py")] if limits else PROGRAM
+        words = list(PROGRAM)
         if limits:
-            (folder / "skype_webhook.py").write_text(text, "utf-8")
+            assert limits.keys() <= vars(sw).keys()
+            words = [sys.executable, "-c", WITH_LIMITS, json.dumps(limits)]
+        if "--behind-proxy" not in flags:
+            words += ["--cert", certificate[0], "--key", certificate[1]]
+        words += ["--host", "127.0.0.1", "--port", "0", "--log", str(self.log), *flags]
+        environment = {**CLEAN, **OURS, "PYTHONPATH": str(HERE), **environment}
         with open(self.errors, "wb") as errors:
             self.process = subprocess.Popen(
-                [*program, *tls, "--host", "127.0.0.1", "--port", "0", "--log", str(self.log), *flags],
-                cwd=folder, stdout=subprocess.DEVNULL, stderr=errors, env={**CLEAN, **OURS, **environment})
+                words, cwd=folder, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
         self.port = int(self.wait_for(r"listening on https?://[^ ]*:(\d+)/")[1])
 
     def stderr(self):
@@ -221,9 +240,8 @@ class Server:
             time.sleep(0.005)
         raise AssertionError(f"no {pattern!r} within {seconds} s in: {self.stderr()}")
 
-    def deliver(self, body, *fields, **options):
+    def deliver(self, body, *fields, tls=True, **options):
         """Deliver over a new connection; return (status, fields, content)."""
-        tls = options.pop("tls", True)
         with Peer(self.port, tls) as peer:
             peer.send(post(body, *fields, **options))
             return peer.answer()
@@ -239,17 +257,19 @@ class Server:
         assert until(lambda: self.stderr().count(said) > count), self.stderr()
 
     def lines(self):
-        return [json.loads(line) for line in self.log.read_bytes().splitlines() if line.strip()]
+        return lines_in(self.log)
 
     def ids(self):
         return ids_in(self.log)
 
     def limit(self, what, size=None):
-        """Set a limit of the kernel (setrlimit(2)) to so many bytes or descriptors; None lifts it again."""
+        """Set a limit of setrlimit(2) to so many bytes or descriptors; None lifts it again."""
         resource = pytest.importorskip("resource")
-        kind, prlimit = getattr(resource, f"RLIMIT_{what}"), getattr(resource, "prlimit", None) or pytest.skip("needs Linux' prlimit")
-        _, hard = prlimit(self.process.pid, kind)
-        prlimit(self.process.pid, kind, (hard if size is None else size, hard))
+        if not hasattr(resource, "prlimit"):
+            pytest.skip("needs Linux' prlimit")
+        kind = getattr(resource, f"RLIMIT_{what}")
+        _, hard = resource.prlimit(self.process.pid, kind)
+        resource.prlimit(self.process.pid, kind, (hard if size is None else size, hard))
 
     def stop(self):
         """Send SIGTERM; return the exit code."""
@@ -284,13 +304,18 @@ def shared(tmp_path_factory, certificate):
 
 @contextlib.contextmanager
 def faulty(server, rule, path=None, anywhere=False):
-    """Let system calls on the log or its folder, on `path`, or all, fail or take long, by strace's rule
-    (`fdatasync:error=EIO:when=1`)."""
-    words = [program("strace"), "-f", "-o", os.devnull, "-p", str(server.process.pid), f"--inject={rule}"]
-    paths = [path] if path else [server.log, server.log.parent]
-    words += [word for each in paths for word in ("-P", str(each)) if not anywhere]
+    """Let system calls on the log or its folder, on `path`, or all, fail or take long.
+
+    The rule is strace's, for instance `fdatasync:error=EIO:when=1`.
+    """
+    words = [program("strace"), "-f", "-o", os.devnull, "-p", str(server.process.pid)]
+    words.append(f"--inject={rule}")
+    if not anywhere:
+        paths = [path] if path else [server.log, server.log.parent]
+        words += [f"--trace-path={each}" for each in paths]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as tracer:
-        if "attached" not in (said := tracer.stderr.readline()):
+        said = tracer.stderr.readline()
+        if "attached" not in said:
             pytest.skip(f"needs leave to trace a process: {said}")
         try:
             yield
@@ -308,7 +333,7 @@ def readme(heading, number=0):
 
 
 def replaced(text, values):
-    """Return a recipe with a test's paths and ports in the place of its own, each of which it has."""
+    """Return a recipe with a test's paths and ports in the place of its own; it has each."""
     for old, new in values.items():
         assert old in text, old
         text = text.replace(old, str(new))
@@ -316,31 +341,34 @@ def replaced(text, values):
 
 
 def program(name):
-    """Return the path of a program, which Debian may keep out of a user's PATH; skip the test where it is missing."""
+    """Return the path of a program, or skip the test; Debian keeps some out of a user's PATH."""
     path = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
     return path or pytest.skip(f"{name} is not installed")
 
 
 def free_port():
-    """Return a port for a program that cannot choose one itself, outside the range that connections take theirs from."""
+    """Return a port for a program that cannot choose one, outside the range of connections."""
     while True:
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", secrets.choice(range(10_000, 32_000)))) as listener:
-            return listener.getsockname()[1]
+        port = secrets.choice(range(10_000, 32_000))
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def listens(port):
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
         return True
+    return False
 
 
 @pytest.fixture
 def launch(tmp_path):
-    """Return a function that starts a program; all are ended after the test, and what they said is shown if it failed."""
+    """Return a function that starts a program; its output is shown if the test failed."""
     processes = []
 
-    def launch_one(*words, **options):
+    def launch_one(name, *words, **options):
         with open(tmp_path / "programs", "ab") as said:
-            processes.append(subprocess.Popen([program(words[0]), *map(str, words[1:])], **{"stdout": said, "stderr": said, **options}))
+            processes.append(subprocess.Popen(
+                [program(name), *map(str, words)], **{"stdout": said, "stderr": said, **options}))
         return processes[-1]
 
     yield launch_one
@@ -351,7 +379,7 @@ def launch(tmp_path):
 
 
 class Command:
-    """A command in a process of its own that goes on; `launch` is the fixture, `words` are its own."""
+    """A command in a process of its own that goes on; `launch` is the fixture."""
 
     def __init__(self, launch, folder, *words, program=PROGRAM, **environment):
         self.out, self.err = (folder / f"{name}.{uuid.uuid4().hex}" for name in ("out", "err"))
@@ -413,7 +441,7 @@ def outcome_of(port, body, secret):
 
 @contextlib.contextmanager
 def delivering(port, threads=6, secret=lambda: SECRET, tries=1):
-    """Deliver new events; yield the ids of those that were acknowledged, and what became of the others."""
+    """Deliver new events; yield the ids of those acknowledged, and what became of the others."""
     acknowledged, refused, over = [], [], threading.Event()
 
     def send():
@@ -440,9 +468,11 @@ def delivering(port, threads=6, secret=lambda: SECRET, tries=1):
 def until(condition, seconds=30):
     """Wait until `condition` holds; return whether it did in time."""
     end = time.monotonic() + seconds
-    while not (holds := condition()) and time.monotonic() < end:
+    while time.monotonic() < end:
+        if condition():
+            return True
         time.sleep(0.01)
-    return holds
+    return bool(condition())
 
 
 def grows(found, by):
@@ -451,21 +481,29 @@ def grows(found, by):
     assert until(lambda: len(found) >= size), (len(found), size)
 
 
+def lines_in(*paths):
+    """Return the events of logs; a blank line is what a torn one was sealed to."""
+    lines = b"".join(path.read_bytes() for path in paths).splitlines()
+    return [json.loads(line) for line in lines if line.strip()]
+
+
 def ids_in(*paths):
-    return [json.loads(line)["id"] for path in paths for line in path.read_bytes().splitlines() if line.strip()]
+    return [event["id"] for event in lines_in(*paths)]
 
 
 def run(*words, cwd, **environment):
     """Run one command to its end; return (exit code, stdout, stderr)."""
-    done = subprocess.run([*PROGRAM, *map(str, words)], cwd=cwd, env={**CLEAN, "TZ": "UTC", **environment}, capture_output=True,
-                          text=True, timeout=30, check=False, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [*PROGRAM, *map(str, words)], cwd=cwd, env={**CLEAN, "TZ": "UTC", **environment},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=False)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout, done.stderr
 
 
 def get(server, path="/", *fields):
+    lines = [f"GET {path} HTTP/1.1", "Host: localhost", *fields, "", ""]
     with Peer(server.port) as peer:
-        peer.send("\r\n".join([f"GET {path} HTTP/1.1", "Host: localhost", *fields, "", ""]).encode())
+        peer.send("\r\n".join(lines).encode())
         return peer.answer()
 
 
