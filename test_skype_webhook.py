@@ -2989,13 +2989,9 @@ def test_a_storm_of_signals_loses_none_and_does_not_change_the_exit_code(serve):
 # --- Certificates ---
 
 
-def pem_pairs(folder, count):
-    """Return the bytes of `count` pairs of certificate and key, all of one size."""
-    pairs = []
-    for number in range(count):
-        (folder / f"pair{number}").mkdir()
-        pairs.append([pathlib.Path(path).read_bytes().ljust(1000, b"\n") for path in make_certificate(folder / f"pair{number}")])
-    return pairs
+def padded_pair(folder):
+    """Return the bytes of a new certificate and its key, of the same size each time."""
+    return [pathlib.Path(path).read_bytes().ljust(1000, b"\n") for path in make_certificate(folder)]
 
 
 def served_certificate(server):
@@ -3003,34 +2999,34 @@ def served_certificate(server):
         return peer.socket.getpeercert(binary_form=True)
 
 
-def swap_links(live, archive, number, cert, key):
-    """certbot: new files in the archive, then the links to them are replaced, one after the other."""
+def swap_links(live, cert, key):
+    """certbot: new files in an archive, then the links to them are replaced, one by one."""
     for name, data in (("c.pem", cert), ("k.pem", key)):
-        (archive / f"{number}.{name}").write_bytes(data)
-        (live / "new").symlink_to(os.path.relpath(archive / f"{number}.{name}", live))
+        archived = live / uuid.uuid4().hex
+        archived.write_bytes(data)
+        (live / "new").symlink_to(archived.name)
         (live / "new").replace(live / name)
 
 
-def write_in_place(live, _archive, _number, cert, key):
-    """acme.sh: `cat > file`, the key first; and the times of the files as before (tar, rsync), the sizes being equal."""
+def write_in_place(live, cert, key):
+    """acme.sh: `cat > file`, the key first; here with the sizes and times before, as by rsync."""
     for name, data in (("k.pem", key), ("c.pem", cert)):
         before = (live / name).stat()
         (live / name).write_bytes(data)
         os.utime(live / name, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-# One of them by the receiver's own pace: it looks every two seconds.
-@pytest.mark.parametrize(("renew", "limits"), [(swap_links, {}), (write_in_place, {"LOOK_SECONDS": 0.1})], ids=["certbot", "acme.sh"])
-def test_a_renewed_certificate_is_served_to_new_connections_within_seconds(serve, tmp_path, renew, limits):
-    live, archive = tmp_path / "live", tmp_path / "archive"
-    live.mkdir()
-    archive.mkdir()
-    old, new = pem_pairs(tmp_path, 2)
-    swap_links(live, archive, 1, *old)
-    server = serve("--cert", str(live / "c.pem"), "--key", str(live / "k.pem"), limits=limits)
+@pytest.mark.parametrize(("renew", "limits"), [
+    (swap_links, {}),  # by the receiver's own pace: it looks every two seconds
+    (write_in_place, {"LOOK_SECONDS": 0.1}),
+], ids=["certbot", "acme.sh"])
+def test_a_renewed_certificate_is_served_within_seconds(serve, tmp_path, renew, limits):
+    swap_links(tmp_path, *padded_pair(tmp_path))
+    cert, key = str(tmp_path / "c.pem"), str(tmp_path / "k.pem")
+    server = serve("--cert", cert, "--key", key, limits=limits)
     first = served_certificate(server)
     with Peer(server.port) as kept:
-        renew(live, archive, 2, *new)
+        renew(tmp_path, *padded_pair(tmp_path))
         assert until(lambda: served_certificate(server) != first, 10)
         assert kept.ask(post(new_event())) == server.deliver(new_event())[0] == 200
     server.wait_for("the new certificate")
@@ -3038,23 +3034,26 @@ def test_a_renewed_certificate_is_served_to_new_connections_within_seconds(serve
 
 
 def test_half_a_renewal_changes_nothing_until_it_is_whole(serve, tmp_path):
-    (cert, key), (new_cert, new_key) = pem_pairs(tmp_path, 2)
-    (tmp_path / "c.pem").write_bytes(cert)
-    (tmp_path / "k.pem").write_bytes(key)
-    server = serve("--cert", str(tmp_path / "c.pem"), "--key", str(tmp_path / "k.pem"), limits={"LOOK_SECONDS": 0.1})
+    cert, key = make_certificate(tmp_path)
+    server = serve("--cert", cert, "--key", key, limits={"LOOK_SECONDS": 0.1})
     first = served_certificate(server)
-    (tmp_path / "c.pem").write_bytes(new_cert)
-    assert until(lambda: served_certificate(server) == first and "do not belong together; the old certificate stays" in server.stderr())
-    (tmp_path / "k.pem").write_bytes(new_key)
-    assert until(lambda: served_certificate(server) != first) and server.deliver(new_event())[0] == 200
+    (tmp_path / "new").mkdir()
+    new_cert, new_key = make_certificate(tmp_path / "new")
+    shutil.copy(new_cert, cert)
+    server.wait_for("do not belong together; the old certificate stays")
+    assert served_certificate(server) == first
+    shutil.copy(new_key, key)
+    assert until(lambda: served_certificate(server) != first)
+    assert server.deliver(new_event())[0] == 200
 
 
-def test_a_certificate_that_vanishes_while_it_is_loaded_leaves_the_old_one(serve, tmp_path):
+def test_a_certificate_that_vanishes_during_a_load_changes_nothing(serve, tmp_path):
     cert, key = make_certificate(tmp_path)
     server = serve("--cert", cert, "--key", key)
-    with faulty(server, "openat:error=ENOENT:when=2", cert):  # the first one only looks whether it is PEM
+    with faulty(server, "openat:error=ENOENT:when=2", cert):  # the first looks whether it is PEM
         server.hang_up("cert.pem, --key")
-    assert "No such file or directory; the old settings stay in force" in server.stderr() and server.deliver(new_event())[0] == 200
+    assert "No such file or directory; the old settings stay in force" in server.stderr()
+    assert server.deliver(new_event())[0] == 200
 
 
 # Each row: the first and the last day of a certificate, and what the warning says.
@@ -3109,16 +3108,50 @@ def test_a_pair_that_cannot_be_served_says_why(authority, cert, key, said):
 # --- Signals, secrets, a proxy in front, listeners of systemd, other systems ---
 
 
-def rests(server):
-    """Return whether the receiver takes next to no CPU time for half a second; skip the test where that is not told."""
+def cpu_time(server):
+    """Return the time of a receiver, the user's and the system's, in 10 ms."""
     stat = pathlib.Path(f"/proc/{server.process.pid}/stat")
     if not stat.exists():
         pytest.skip("needs Linux' /proc")
-    readings = []
-    for pause in (0.5, 0):
-        readings.append(sum(map(int, stat.read_text().rpartition(")")[2].split()[11:13])))  # user's and system's, in 10 ms
-        time.sleep(pause)
-    return readings[1] - readings[0] < 5
+    return sum(map(int, stat.read_text().rpartition(")")[2].split()[11:13]))
+
+
+def rests(server):
+    """Return whether the receiver takes next to no processor time for half a second."""
+    before = cpu_time(server)
+    time.sleep(0.5)
+    return cpu_time(server) - before < 5
+
+
+@pytest.fixture
+def in_process(tmp_path, monkeypatch, capfd):
+    """Return a function that runs one command within the test's own process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # `main` sets its own
+
+    def run_main(*words, **environment):
+        """Return (exit code, stdout, stderr)."""
+        for name, value in {**OURS, **environment}.items():
+            monkeypatch.setenv(name, value)
+        return sw.main(words), *capfd.readouterr()
+
+    return run_main
+
+
+def status_of(server, body, **token):
+    """Deliver with a token that `token_of` makes by these arguments; return the status."""
+    return server.deliver(body, authorization="Bearer " + token_of(body, **token))[0]
+
+
+def stores_at(port):
+    """Return whether a delivery to a port of ours is answered with 200."""
+    with Peer(port) as peer:
+        return peer.ask(post(new_event())) == 200
+
+
+def write_env(path, **settings):
+    path.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
+    path.chmod(0o600)
 
 
 def test_a_receiver_that_was_sent_a_signal_goes_back_to_sleep(serve):
@@ -3127,35 +3160,47 @@ def test_a_receiver_that_was_sent_a_signal_goes_back_to_sleep(serve):
     assert rests(server)
 
 
-def test_lines_of_deliveries_are_dropped_beyond_a_bound_and_counted_all_the_same(serve):
+def test_deliveries_whose_lines_are_dropped_are_counted(serve):
     server = serve(limits={"REPORT_LIMIT": 0})
-    assert server.deliver(new_event())[0] == 200 and server.stop() == 0
-    assert re.search("stopped: 1 recorded", server.stderr()) and not re.search(r"\d recorded \w", server.stderr())
+    assert server.deliver(new_event())[0] == 200
+    assert server.stop() == 0
+    assert "stopped: 1 recorded" in server.stderr()
+    assert not re.search(r"\d recorded \w", server.stderr())
 
 
-def test_a_program_that_imports_main_has_its_signals_back_afterwards(tmp_path, monkeypatch):
-    for name, value in OURS.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(tmp_path)
+def test_a_program_that_calls_main_has_its_signals_back(in_process):
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = [*map(signal.getsignal, numbers)]
-    (stopper,) = gather(1, lambda: until(lambda: signal.getsignal(signal.SIGHUP) != before[2]) and os.kill(os.getpid(), signal.SIGTERM))
-    assert sw.main(["--behind-proxy", "--port", "0"]) == 0
+    before = [signal.getsignal(number) for number in numbers]
+
+    def stop():
+        if until(lambda: signal.getsignal(signal.SIGHUP) != before[2]):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    (stopper,) = gather(1, stop)
+    assert in_process("--behind-proxy", "--port", "0")[0] == 0
     stopper.join()
-    assert before == [*map(signal.getsignal, numbers)] and signal.set_wakeup_fd(-1) == -1
+    assert [signal.getsignal(number) for number in numbers] == before
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_sighup_reads_the_secrets_again(serve, tmp_path):
     env = tmp_path / "skype.env"
     env.write_text(f"SKYPE_API_SECRET={SECRET.decode()}\n")
     server = serve("--env-file", str(env), SKYPE_API_SECRET="")
-    body = new_event()
-    env.write_text(f"SKYPE_API_SECRET=new\nSKYPE_API_SECRET_PREVIOUS={SECRET.decode()}\nSKYPE_MAX_CONNECTIONS=1\n")
+    write_env(env, SKYPE_API_SECRET="new", SKYPE_API_SECRET_PREVIOUS=SECRET.decode(),
+              SKYPE_MAX_CONNECTIONS=1)
     server.hang_up("read again; a restart is needed for: max_connections")
     with Peer(server.port) as one, Peer(server.port) as two:
         assert [peer.ask(HEALTH) for peer in (one, two, one)] == [200] * 3
-    assert server.deliver(body)[0] == server.deliver(body, authorization="Bearer " + token_of(body, secret=b"new"))[0] == 200
-    env.write_text("SKYPE_API_SECRET=newest\nSKYPE_LEEWAY=x\n")
+    body = new_event()
+    assert status_of(server, body) == status_of(server, body, secret=b"new") == 200
+
+
+def test_a_wrong_setting_at_sighup_leaves_the_old_ones(serve, tmp_path):
+    env = tmp_path / "skype.env"
+    write_env(env, **OURS)
+    server = serve("--env-file", str(env), SKYPE_API_SECRET="")
+    write_env(env, SKYPE_API_SECRET="newest", SKYPE_LEEWAY="x")
     server.hang_up("the old settings stay")
     assert server.deliver(new_event())[0] == 200
 
@@ -3163,24 +3208,25 @@ def test_sighup_reads_the_secrets_again(serve, tmp_path):
 def test_a_secret_in_the_environment_may_be_any_bytes(serve):
     server = serve(SKYPE_API_SECRET="\udcff\udcfe", SKYPE_API_SECRET_PREVIOUS="\udcfd")
     for secret in (b"\xff\xfe", b"\xfd"):
-        body = new_event()
-        assert server.deliver(body, authorization="Bearer " + token_of(body, secret=secret))[0] == 200
+        assert status_of(server, new_event(), secret=secret) == 200
 
 
 def test_a_start_with_closed_descriptors_keeps_the_log_to_events(certificate, launch, tmp_path):
     def begin(*command):
-        return launch("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *PROGRAM, *command, env={**CLEAN, **OURS})
+        shell = ("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh")
+        return launch(*shell, *PROGRAM, *command, env={**CLEAN, **OURS})
 
-    log, port, body = tmp_path / "events.jsonl", free_port(), new_event()
-    receiver = begin("--cert", certificate[0], "--key", certificate[1], "--host", "127.0.0.1", "--port", port, "--log", log)
+    log, port = tmp_path / "events.jsonl", free_port()
+    tls = ("--cert", certificate[0], "--key", certificate[1])
+    receiver = begin(*tls, "--host", "127.0.0.1", "--port", port, "--log", log)
     assert until(lambda: listens(port))
-    with Peer(port) as peer:
-        assert peer.ask(post(body)) == 200
-    for command in (["send", f"https://localhost:{port}/", "--ca", certificate[0], "--count", 2], ["timeline", log]):
-        assert begin(*command).wait(30) == 0, command
+    assert stores_at(port)
+    url = f"https://localhost:{port}/"
+    assert begin("send", url, "--ca", certificate[0], "--count", 2).wait(30) == 0
+    assert begin("timeline", log).wait(30) == 0
     receiver.terminate()
     assert receiver.wait(30) == 0
-    assert len(ids_in(log)) == 3 and ids_in(log)[0] == sha256(body)
+    assert len(ids_in(log)) == 3
 
 
 @pytest.fixture
@@ -3197,19 +3243,19 @@ def full_pipe():
     os.close(full)
 
 
-def test_a_stderr_that_nobody_reads_keeps_no_sender_and_no_stop_waiting(certificate, launch, tmp_path, full_pipe):
+def test_a_stderr_that_nobody_reads_keeps_nobody_waiting(certificate, launch, tmp_path, full_pipe):
     port = free_port()
-    receiver = launch(*PROGRAM, "--cert", certificate[0], "--key", certificate[1], "--host", "127.0.0.1", "--port", port,
-                     "--log", tmp_path / "events.jsonl", "--max-connections", 2, stderr=full_pipe, env={**CLEAN, **OURS})
+    words = ["--cert", certificate[0], "--key", certificate[1], "--host", "127.0.0.1",
+             "--port", port, "--log", tmp_path / "events.jsonl", "--max-connections", 2]
+    receiver = launch(*PROGRAM, *words, stderr=full_pipe, env={**CLEAN, **OURS})
     assert until(lambda: listens(port))
     begun = time.monotonic()
-    for _ in range(20):  # no TLS that there is, and no TLS
-        for beginning in (b"\x16\x03\x01\x00\x05hello", HEALTH):
+    for _ in range(20):
+        for no_tls in (b"\x16\x03\x01\x00\x05hello", HEALTH):
             with Peer(port, tls=False) as peer:
-                peer.send(beginning)
+                peer.send(no_tls)
                 peer.file.read()
-    with Peer(port) as peer:
-        assert peer.ask(post(new_event())) == 200
+    assert stores_at(port)
     assert time.monotonic() - begun < 10  # a write to stderr takes half a second to give up
     receiver.terminate()
     assert receiver.wait(30) == 0
@@ -3221,12 +3267,16 @@ def test_without_a_proxy_no_sender_is_believed_about_its_address(serve):
     server.wait_for(r" 127\.0\.0\.1:\d+ recorded ")
 
 
-def test_behind_a_proxy_the_address_that_it_saw_is_named(serve):
+# Each row: what a proxy says of the address, the status, and the line that tells of it.
+@pytest.mark.parametrize(("said", "status", "told"), [
+    ("198.51.100.1, 203.0.113.9", 200, r" 203\.0\.113\.9 recorded "),
+    ("203.0.113.9, evil\x1b[2J", 400, r" 127\.0\.0\.1:\d+ refused 400"),
+    ("nonsense", 200, r" 127\.0\.0\.1:\d+ recorded "),
+])
+def test_behind_a_proxy_the_address_that_it_saw_is_named(serve, said, status, told):
     server = serve("--behind-proxy")
-    assert server.deliver(new_event(), "X-Forwarded-For: 198.51.100.1, 203.0.113.9", tls=False)[0] == 200
-    assert server.deliver(new_event(), "X-Forwarded-For: 203.0.113.9, evil\x1b[2J", tls=False)[0] == 400
-    assert server.deliver(new_event(), "X-Forwarded-For: nonsense", tls=False)[0] == 200
-    server.wait_for(r" 203\.0\.113\.9 recorded (.|\n)* 127\.0\.0\.1:\d+ recorded ")
+    assert server.deliver(new_event(), f"X-Forwarded-For: {said}", tls=False)[0] == status
+    server.wait_for(told)
 
 
 @pytest.mark.parametrize(("value", "address"), [
@@ -5162,20 +5212,6 @@ def test_secrets_can_be_in_files_and_a_previous_one_has_its_key_or_the_current_o
         assert server.deliver(body, authorization="Bearer " + token_of(body, secret=secret.encode(), iss=key))[0] == 200
 
 
-@pytest.fixture
-def in_process(tmp_path, monkeypatch, capfd):
-    """Return a function that runs one command within the test's own process."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # it sets its own
-
-    def run_main(*words, **environment):
-        for name, value in {**OURS, **environment}.items():
-            monkeypatch.setenv(name, value)
-        return sw.main(words), capfd.readouterr().err
-
-    return run_main
-
-
 UNSEEN = "\ufeff\u200b \t{}\u2060\u200d\xa0\r\n"
 
 
@@ -5600,11 +5636,6 @@ def run_bash(recipe, folder, **environment):
                           capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def write_env(path, **settings):
-    path.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
-    path.chmod(0o600)
 
 
 def write_log(path, *events):
