@@ -3616,8 +3616,9 @@ class Stream(Peer):
 
     def next(self):
         """Return (id, data) of the next event; heartbeats are passed over."""
-        found, end = {}, time.monotonic() + 20
-        while (read := self.file.readline().decode()) != "\n" or "id" not in found:
+        found, read, end = {}, "", time.monotonic() + 20
+        while read != "\n" or "id" not in found:
+            read = self.file.readline().decode()
             assert read and time.monotonic() < end, "it has ended, or has heartbeats alone"
             name, _, value = read.rstrip("\n").partition(": ")
             found[name] = value
@@ -3627,11 +3628,24 @@ class Stream(Peer):
         """Return the log's ids of so many next events."""
         return [self.next()[1]["id"] for _ in range(count)]
 
+    def hear(self, count):
+        """Wait for so many heartbeats."""
+        for _ in range(count):
+            assert [self.file.readline() for _ in range(3)] == [
+                b"event: heartbeat\n", b"data: {}\n", b"\n"]
+
 
 def view_status(server):
     """Return the status that one more viewer gets, who then leaves."""
     with Stream(server.port) as stream:
         return stream.status
+
+
+def deliver_new(server, count=1, **fields):
+    """Deliver so many new events; return their ids."""
+    bodies = [new_event(**fields) for _ in range(count)]
+    assert [server.deliver(body)[0] for body in bodies] == [200] * count
+    return [sha256(body) for body in bodies]
 
 
 def test_without_a_password_there_is_no_live_view(serve):
@@ -3646,13 +3660,25 @@ def view(serve):
     return serve(SKYPE_VIEW_PASSWORD=PASSWORD, limits={"VIEW_PAUSE": 0.02})
 
 
-def test_the_view_needs_its_password(view):
-    for path in ("/", "/events"):
-        for given in ([], ["Authorization: Bearer x"], ["Authorization: Basic x"], [basic("")], [basic(PASSWORD + "x")]):
-            status, fields, _ = get(view, path, *given)
-            assert (status, fields["www-authenticate"]) == (401, 'Basic realm="skype_webhook", charset="UTF-8"')
-    for _ in range(30):
-        get(view, "/", basic("w\u2603rong"))
+@pytest.fixture
+def beating(serve):
+    """A receiver with the live view, which sends a heartbeat with each look at the log."""
+    limits = {"VIEW_PAUSE": 0.02, "HEARTBEAT_SECONDS": 0.0}
+    return serve(SKYPE_VIEW_PASSWORD=PASSWORD, limits=limits)
+
+
+@pytest.mark.parametrize("path", ["/", "/events"])
+def test_the_view_needs_its_password(view, path):
+    for field in ("X: none", "Authorization: Bearer x", "Authorization: Basic x",
+                  basic(""), basic(PASSWORD + "x")):
+        status, fields, _ = get(view, path, field)
+        assert status == 401
+        assert fields["www-authenticate"] == 'Basic realm="skype_webhook", charset="UTF-8"'
+
+
+def test_after_too_many_wrong_passwords_the_right_one_waits(view):
+    for _ in range(sw.WRONG_PASSWORDS):
+        assert get(view, "/", basic("w\u2603rong"))[0] == 401
     status, fields, _ = get(view, "/", basic(PASSWORD))
     assert status == 429 and 0 < int(fields["retry-after"]) <= 60
     assert view.deliver(new_event())[0] == 200
@@ -3678,13 +3704,23 @@ def test_wrong_passwords_are_counted_by_network(serve):
     assert {each: ask_as(server, each, "wrong") for each in statuses} == statuses
 
 
-def test_guesses_from_many_networks_do_not_lock_out_who_had_the_password(serve):
+def test_guesses_from_many_networks_lock_out_no_known_one(serve):
     limits = {"WRONG_PASSWORDS": 2, "WRONG_PASSWORDS_IN_ALL": 3}
     server = serve("--behind-proxy", SKYPE_VIEW_PASSWORD=PASSWORD, limits=limits)
-    assert ask_as(server, "192.0.2.9", PASSWORD) == 200
-    assert [ask_as(server, f"192.0.2.{host}", "wrong") for host in range(4)] == [401, 401, 401, 429]
-    assert ask_as(server, "192.0.2.8", PASSWORD) == 429
-    assert [ask_as(server, "192.0.2.9", each) for each in (PASSWORD, "wrong", "wrong", PASSWORD)] == [200, 401, 401, 429]
+    asked = [
+        ("192.0.2.9", PASSWORD, 200),
+        ("192.0.2.0", "wrong", 401),
+        ("192.0.2.1", "wrong", 401),
+        ("192.0.2.2", "wrong", 401),
+        ("192.0.2.3", "wrong", 429),
+        ("192.0.2.8", PASSWORD, 429),
+        ("192.0.2.9", PASSWORD, 200),
+        ("192.0.2.9", "wrong", 401),
+        ("192.0.2.9", "wrong", 401),
+        ("192.0.2.9", PASSWORD, 429),
+    ]
+    statuses = [ask_as(server, address, password) for address, password, _ in asked]
+    assert statuses == [status for *_, status in asked]
 
 
 def test_the_share_of_wrong_passwords_is_anew_each_minute():
@@ -3703,73 +3739,69 @@ def test_the_page_names_the_url_to_deliver_to(serve):
 def test_the_page_has_a_strict_policy(view):
     status, fields, page = get(view, "/", basic(PASSWORD).replace("Basic", "bASIC "))
     assert status == 200 and page.startswith(b"<!doctype html>")
-    policy = fields["content-security-policy"]
-    assert "unsafe" not in policy and "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
     script = page.partition(b"<script>")[2].partition(b"</script>")[0]
-    assert base64.b64encode(hashlib.sha256(script).digest()).decode() in policy
-    assert (fields["cache-control"], fields["referrer-policy"], fields["x-content-type-options"]) == ("no-store", "no-referrer", "nosniff")
+    digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
+    policy = fields["content-security-policy"]
+    for due in (digest, "default-src 'none'", "frame-ancestors 'none'"):
+        assert due in policy
+    assert "unsafe" not in policy
+    assert fields["cache-control"] == "no-store"
+    assert fields["referrer-policy"] == "no-referrer"
+    assert fields["x-content-type-options"] == "nosniff"
 
 
-@pytest.mark.parametrize("request_of", [
-    lambda place: ["/events", f"Last-Event-ID: {place}"],
-    lambda place: [f"/events?after={place}"]])
-def test_who_comes_back_with_an_id_goes_on_behind_it(view, request_of):
-    bodies = [new_event() for _ in range(3)]
-    for body in bodies:
-        view.deliver(body)
+@pytest.mark.parametrize(("path", "field"), [
+    ("/events", "Last-Event-ID: {}"),
+    ("/events?after={}", "X: {}"),
+])
+def test_who_comes_back_with_an_id_goes_on_behind_it(view, path, field):
+    ids = deliver_new(view, 3)
     with Stream(view.port) as stream:
-        places = [stream.next()[0] for _ in bodies]
+        places = [stream.next()[0] for _ in ids]
     for count, place in enumerate(places, 1):
-        with Stream(view.port, *request_of(place)) as stream:
-            bodies.append(new_event())
-            view.deliver(bodies[-1])
-            assert stream.take(len(bodies) - count) == list(map(sha256, bodies[count:]))
+        with Stream(view.port, path.format(place), field.format(place)) as stream:
+            ids += deliver_new(view)
+            assert stream.take(len(ids) - count) == ids[count:]
 
 
 def test_the_header_s_id_wins_over_that_of_the_query(view):
-    bodies = [new_event() for _ in range(3)]
-    for body in bodies:
-        view.deliver(body)
+    ids = deliver_new(view, 3)
     with Stream(view.port) as stream:
-        first, second = stream.next()[0], stream.next()[0]
+        first, second = [stream.next()[0] for _ in range(2)]
     with Stream(view.port, f"/events?after={first}", f"Last-Event-ID: {second}") as stream:
-        assert stream.take(1) == [sha256(bodies[2])]
+        assert stream.take(1) == ids[2:]
 
 
 @pytest.mark.parametrize("change", ["rename", "copytruncate", "remove"])
 def test_a_viewer_follows_the_log_into_its_next_file(view, change):
-    before, after = new_event(), new_event()
-    view.deliver(before)
+    before = deliver_new(view)
     with Stream(view.port) as stream:
-        assert stream.take(1) == [sha256(before)]
+        assert stream.take(1) == before
         replace_log(view.log, change)
-        view.deliver(after)
-        assert stream.take(1) == [sha256(after)]
+        after = deliver_new(view)
+        assert stream.take(1) == after
 
 
 @pytest.mark.parametrize("change", ["rename", "copytruncate", "remove"])
 def test_an_id_of_a_rotated_log_leads_to_the_present_start(view, change):
-    for _ in range(3):
-        view.deliver(new_event())
+    deliver_new(view, 3)
     with Stream(view.port) as stream:
         first = stream.next()[0]
     replace_log(view.log, change)
-    bodies = [new_event() for _ in range(4)]
-    for body in bodies:
-        view.deliver(body)
+    ids = deliver_new(view, 4)
     with Stream(view.port, f"/events?after={first}") as stream:
-        assert stream.take(4) == list(map(sha256, bodies))
+        assert stream.take(4) == ids
 
 
+# %s is the part of an id that names the log.
 @pytest.mark.parametrize("place", [
     "0", "1", "-0", "gone-1", "%s", "%s-", "%s--1", "%s-99999999", "%s-" + "9" * 5000, "%C3%A4-1"])
-def test_an_id_that_names_no_place_here_leads_to_the_log_s_start(view, place):
-    body = new_event()
-    view.deliver(body)
+def test_an_id_that_names_no_place_here_leads_to_the_start(view, place):
+    ids = deliver_new(view)
     with Stream(view.port) as stream:
-        mark = stream.next()[0].partition("-")[0]
-    with Stream(view.port, f"/events?after={place.replace('%s', mark)}") as stream:
-        assert stream.take(1) == [sha256(body)]
+        log = stream.next()[0].partition("-")[0]
+    with Stream(view.port, f"/events?after={place.replace('%s', log)}") as stream:
+        assert stream.take(1) == ids
 
 
 def test_logs_that_begin_alike_are_told_apart(view):
@@ -3785,7 +3817,7 @@ def test_logs_that_begin_alike_are_told_apart(view):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux' /proc")
 def test_a_viewer_of_a_log_with_520_rotations_has_it_open_once(view):
-    view.deliver(new_event())
+    deliver_new(view)
     own = len(open_files(view, "events.jsonl"))
     with Stream(view.port) as stream:
         place = stream.next()[0]
@@ -3793,56 +3825,59 @@ def test_a_viewer_of_a_log_with_520_rotations_has_it_open_once(view):
         view.log.with_name(f"events.jsonl.{number}").write_bytes(numbered_line(number)[1])
     assert until(lambda: len(open_files(view, "events.jsonl")) == own)
     with Stream(view.port, f"/events?after={place}") as stream:
-        view.deliver(BODY)
-        assert stream.take(1) == [sha256(BODY)]
+        ids = deliver_new(view)
+        assert stream.take(1) == ids
         assert len(open_files(view, "events.jsonl")) == own + 1
 
 
-def test_a_viewer_waits_for_the_end_of_a_line(view):
+def test_a_viewer_waits_for_the_end_of_a_line(beating):
     _, whole = numbered_line(1)
-    with Stream(view.port) as stream, open(view.log, "ab", 0) as file:
+    with Stream(beating.port) as stream, open(beating.log, "ab", 0) as file:
         file.write(whole[:100])
-        time.sleep(0.2)  # in which it looks about ten times
+        stream.hear(10)  # of looks at half a line
         file.write(whole[100:])
         assert stream.next()[1] == json.loads(whole)
 
 
-def test_a_viewer_reads_on_in_a_rotated_file_until_the_next(view):
-    with Stream(view.port) as stream, open(view.log, "ab", 0) as file:
-        file.write(numbered_line(1)[1])
-        assert stream.take(1) == [numbered_line(1)[0]]
-        view.log.rename(view.log.with_name("events.jsonl.1"))
-        view.log.touch(0o600)
-        time.sleep(0.2)  # in which it looks about ten times
-        file.write(numbered_line(2)[1])  # as the receiver does that had looked just before the rotation
-        assert stream.take(1) == [numbered_line(2)[0]]
-        view.deliver(BODY)
-        assert stream.take(1) == [sha256(BODY)]
+def test_a_viewer_reads_on_in_a_rotated_file_until_the_next(beating):
+    before, during = numbered_line(1), numbered_line(2)
+    with Stream(beating.port) as stream, open(beating.log, "ab", 0) as file:
+        file.write(before[1])
+        assert stream.take(1) == [before[0]]
+        beating.log.rename(beating.log.with_name("events.jsonl.1"))
+        beating.log.touch(0o600)
+        stream.hear(10)  # of looks at both files
+        file.write(during[1])  # as the receiver does if it looked just before the rotation
+        assert stream.take(1) == [during[0]]
+        after = deliver_new(beating)
+        assert stream.take(1) == after
 
 
 def test_a_line_may_be_longer_than_a_viewer_reads_at_once(view):
-    bodies = [new_event(currentStage="x" * 1_048_200) for _ in range(2)]
-    assert view.deliver(bodies[0])[0] == 200 and view.log.stat().st_size > 2**20
+    first = deliver_new(view, currentStage="x" * 1_048_200)
+    assert view.log.stat().st_size > sw.VIEW_BYTES
     with Stream(view.port) as stream:
-        assert stream.take(1) == [sha256(bodies[0])]
-        view.deliver(bodies[1])
-        assert stream.take(1) == [sha256(bodies[1])]
+        assert stream.take(1) == first
+        second = deliver_new(view, currentStage="x" * 1_048_200)
+        assert stream.take(1) == second
 
 
 def test_the_stream_has_the_lines_of_events_alone(view):
-    odd = line_of(new_event()).replace(b"}", b"\r}")  # a CR would end the line of a server-sent event
+    odd = line_of(new_event()).replace(b"}", b"\r}")  # a CR would end its line in the stream
     good = [line_of(new_event()) for _ in range(2)]
     view.log.write_bytes(good[0] + odd + b"foreign\n" + b" " * 99 + b"\n" + good[1])
     with Stream(view.port) as stream:
         assert [stream.next()[1] for _ in good] == list(map(json.loads, good))
 
 
-def test_head_of_the_stream_answers_as_get_would_and_ends(serve):
-    with Peer(serve(SKYPE_VIEW_PASSWORD=PASSWORD).port) as peer:
+def test_head_of_the_stream_answers_as_get_would_and_ends(view):
+    with Peer(view.port) as peer:
         peer.send(f"HEAD /events HTTP/1.1\r\nHost: x\r\n{basic(PASSWORD)}\r\n\r\n".encode())
         status, fields, _ = peer.answer(with_content=False)
-        assert (status, fields["content-type"], fields["cache-control"]) == (200, "text/event-stream; charset=utf-8", "no-store")
-        assert "content-length" not in fields and peer.ended()  # GET has none either (RFC 9110 section 8.6)
+        assert (status, fields["cache-control"]) == (200, "no-store")
+        assert fields["content-type"] == "text/event-stream; charset=utf-8"
+        assert "content-length" not in fields  # GET has none either (RFC 9110 section 8.6)
+        assert peer.ended()
 
 
 def test_a_log_that_was_emptied_is_read_from_its_start(view):
@@ -3855,7 +3890,7 @@ def test_a_log_that_was_emptied_is_read_from_its_start(view):
         assert [stream.next()[1] for _ in range(3)] == list(map(json.loads, lines[2:]))
 
 
-def test_without_an_id_the_stream_begins_with_the_most_recent_events(view):
+def test_without_an_id_the_stream_begins_with_recent_events(view):
     lines = [line_of(new_event(interviewCode=f"code {number}")) for number in range(3000)]
     view.log.write_bytes(b"".join(lines))
     recent = next(n for n in range(3000) if sum(map(len, lines[n:])) <= 2**20)
@@ -3873,7 +3908,7 @@ def test_the_most_recent_event_is_sent_however_long_it_is(view):
         assert stream.next()[1] == json.loads(lines[recent])
 
 
-def test_sixteen_viewers_take_no_sender_s_place_and_do_not_delay_the_end(serve):
+def test_sixteen_viewers_take_no_place_and_delay_no_end(serve):
     server = serve("--max-connections", "2", SKYPE_VIEW_PASSWORD=PASSWORD)
     with contextlib.ExitStack() as stack:
         streams = [stack.enter_context(Stream(server.port)) for _ in range(16)]
@@ -3881,7 +3916,7 @@ def test_sixteen_viewers_take_no_sender_s_place_and_do_not_delay_the_end(serve):
         assert view_status(server) == 503
         assert server.deliver(new_event())[0] == 200
         streams[-1].next()  # so that nothing is left unread, which would reset the connection
-        streams.pop().close()
+        streams[-1].close()
         assert until(lambda: view_status(server) == 200, 10)
         begun = time.monotonic()
         assert server.stop() == 0 and time.monotonic() - begun < 10
@@ -3890,8 +3925,8 @@ def test_sixteen_viewers_take_no_sender_s_place_and_do_not_delay_the_end(serve):
 def test_a_viewer_that_takes_nothing_loses_its_place(serve):
     server = serve("--request-timeout", "0.5", SKYPE_VIEW_PASSWORD=PASSWORD,
                    limits={"VIEWERS": 1, "VIEW_BYTES": 2**25})
-    lines = [numbered_line(number, 2**20)[1] for number in range(20)]  # more than the kernel takes for it
-    server.log.write_bytes(b"".join(lines))
+    # More than the kernel takes for it.
+    server.log.write_bytes(b"".join(numbered_line(number, 2**20)[1] for number in range(20)))
     with Stream(server.port) as stream:
         assert stream.status == 200 and view_status(server) == 503
         assert until(lambda: view_status(server) == 200, 5)
@@ -3914,8 +3949,7 @@ def test_a_silent_stream_has_a_heartbeat_that_a_script_can_hear(serve):
     server = serve(SKYPE_VIEW_PASSWORD=PASSWORD, limits=limits)
     begun = time.monotonic()
     with Stream(server.port) as stream:
-        beat = [b"event: heartbeat\n", b"data: {}\n", b"\n"]
-        assert [stream.file.readline() for _ in range(6)] == beat * 2
+        stream.hear(2)
         assert time.monotonic() - begun > 0.6
 
 
@@ -3945,7 +3979,10 @@ class Browser:
             pass_fds=(there, back), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(there)
         os.close(back)
-        self.buffer, self.number, self.events, self.session = b"", 0, [], {}
+        self.buffer = b""
+        self.number = 0
+        self.events = []
+        self.session = {}
         targets = self.call("Target.getTargets")["targetInfos"]
         page = next(target["targetId"] for target in targets if target["type"] == "page")
         attached = self.call("Target.attachToTarget", targetId=page, flatten=True)
@@ -3956,35 +3993,43 @@ class Browser:
         self.call("Page.addScriptToEvaluateOnNewDocument", source=hasten)
 
     def call(self, method, **params):
+        """Return the result of a method of the protocol; keep the events that come before it."""
         self.number += 1
         message = {"id": self.number, "method": method, "params": params, **self.session}
         os.write(self.to, json.dumps(message).encode() + b"\0")
         while True:
-            while b"\0" not in self.buffer:
-                received = os.read(self.back, 65536)
-                assert received, "the browser has ended"
-                self.buffer += received
-            answer, _, self.buffer = self.buffer.partition(b"\0")
-            answer = json.loads(answer)
+            answer = self.next_message()
             if answer.get("id") == self.number:
                 assert "error" not in answer, answer
                 return answer["result"]
             self.events.append(answer)
+
+    def next_message(self):
+        while b"\0" not in self.buffer:
+            received = os.read(self.back, 65536)
+            assert received, "the browser has ended"
+            self.buffer += received
+        message, _, self.buffer = self.buffer.partition(b"\0")
+        return json.loads(message)
 
     def run(self, script):
         """Return the value of an expression in the page."""
         result = self.call("Runtime.evaluate", expression=script, returnByValue=True)["result"]
         return result.get("value")
 
+    def texts(self, selector):
+        """Return the texts of the elements that a selector finds."""
+        return self.run(f"[...document.querySelectorAll('{selector}')].map(e => e.textContent)")
+
+    def cell(self, number):
+        """Return the text of the first row's nth cell."""
+        return self.texts("#rows tr:first-child > *")[number]
+
     def wait_for(self, script):
         assert until(lambda: self.run(script)), (script, self.run("document.body.innerText"))
 
     def wait_for_rows(self, count):
         self.wait_for(f"document.querySelectorAll('#rows tr').length == {count} && !changed.size")
-
-    def resize(self, width):
-        self.call("Emulation.setDeviceMetricsOverride",
-                  width=width, height=800, deviceScaleFactor=1, mobile=False)
 
     def open(self, port, password):
         """Open the live view, and wait until it is connected."""
@@ -4022,9 +4067,11 @@ def page(view, browser):
     browser.check(view.port)
 
 
-def cell(number):
-    """Return an expression for the text of the first row's nth cell."""
-    return f"document.querySelector('#rows tr').cells[{number}].textContent"
+def show(view, page, *bodies):
+    """Deliver events of as many interviews, and wait until each has its row."""
+    for body in bodies:
+        assert view.deliver(body)[0] == 200
+    page.wait_for_rows(len(bodies))
 
 
 def time_ago(seconds):
@@ -4033,40 +4080,41 @@ def time_ago(seconds):
 
 def test_a_delivery_appears_without_a_reload(view, page):
     page.wait_for("!document.querySelector('#empty').hidden")
-    view.deliver(new_event(interviewCode="code"))
-    page.wait_for_rows(1)
-    assert page.run(cell(0)) == "code"
-    assert page.run(cell(1)).startswith("S?SchedulingTimecandidate or interviewer is asked")
+    show(view, page, new_event(interviewCode="code"))
+    assert page.cell(0) == "code"
+    assert page.cell(1).startswith("S?SchedulingTimecandidate or interviewer is asked")
     assert page.run("document.querySelector('#empty').hidden")
 
 
 @pytest.mark.parametrize("text", [
     '<script>alert(1)</script>"><img src=x onerror=alert(2)>',
     "\u202etxet",
-    "x" * 10_000])
+    "x" * 10_000,
+], ids=["markup", "bidi", "long"])
 def test_hostile_text_stays_text_in_its_place(view, page, text):
     stage = {"value": text, "metadata": text}
-    view.deliver(new_event(interviewCode=text[:999], previousStage=stage, currentStage=stage))
-    page.wait_for_rows(1)
+    body = new_event(interviewCode=text[:999], previousStage=stage, currentStage=stage)
+    show(view, page, body)
     shown = text.replace("\u202e", "\\u202e")
-    assert page.run(cell(0)) == shown[:999]
-    assert shown[:100] in page.run(cell(1)) and page.run(cell(1)).endswith(shown)
-    assert page.run("document.querySelectorAll('img, #rows script').length") == 0
+    assert page.cell(0) == shown[:999]
+    assert shown[:100] in page.cell(1) and page.cell(1).endswith(shown)
+    assert page.texts("img, #rows script") == []
     for width in (390, 1280):
-        page.resize(width)
+        screen = {"height": 800, "deviceScaleFactor": 1, "mobile": False}
+        page.call("Emulation.setDeviceMetricsOverride", width=width, **screen)
         assert page.run("document.documentElement.scrollWidth") <= width
 
 
 def test_a_path_has_times_and_gaps(view, page):
     started, failed = {"value": "InterviewStarted"}, {"value": "InterviewFailed"}
-    view.deliver(new_event(interviewCode="code", timestamp="2018-02-26T17:50:17Z"))
-    view.deliver(new_event(interviewCode="code", timestamp="2018-02-26T19:53:17Z",
-                       previousStage=started, currentStage=failed))
+    deliver_new(view, interviewCode="code", timestamp="2018-02-26T17:50:17Z")
+    deliver_new(view, interviewCode="code", timestamp="2018-02-26T19:53:17Z",
+                previousStage=started, currentStage=failed)
     page.wait_for("document.querySelectorAll('#rows li').length == 2")
-    first, second = page.run("[...document.querySelectorAll('#rows li')].map(e => e.textContent)")
+    first, second = page.texts("#rows li")
     assert first.startswith("S?SchedulingTime") and first.endswith("2 h 3 min")
     assert second.startswith("gap: came from InterviewStartedI!InterviewFailed")
-    assert page.run("document.querySelectorAll('.gap').length") == 1
+    assert len(page.texts(".gap")) == 1
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [
@@ -4075,116 +4123,109 @@ def test_a_path_has_times_and_gaps(view, page):
     (200, r"3 min ago"),
     (3500, r"58 min ago"),
     (3700, r".*\d:\d\d.*"),
-    (400 * 86400, r".*20\d\d.*\d:\d\d.*")])
+    (400 * 86400, r".*20\d\d.*\d:\d\d.*"),
+])
 def test_a_young_time_is_relative_and_exact_on_hover(view, page, seconds, shown):
     sent = time_ago(seconds)
-    view.deliver(new_event(timestamp=sent))
-    page.wait_for_rows(1)
-    assert re.fullmatch(shown, page.run(cell(3)))
+    show(view, page, new_event(timestamp=sent))
+    assert re.fullmatch(shown, page.cell(3))
     title = page.run("document.querySelector('time').title")
     assert re.fullmatch(rf"{sent}\nrecorded 20[^ ]*Z", title)
 
 
 def test_a_relative_time_grows_while_the_page_is_open(view, page):
-    view.deliver(new_event(timestamp=time_ago(20)))
-    page.wait_for_rows(1)
+    show(view, page, new_event(timestamp=time_ago(20)))
     change = f"each => {{ each.dateTime = '{time_ago(320)}' }}"
     page.run(f"document.querySelectorAll('time').forEach({change})")
-    page.wait_for(f"{cell(3)} == '5 min ago' && {cell(2)}.endsWith('5 min ago')")
+    assert until(lambda: page.cell(3) == "5 min ago" and page.cell(2).endswith("5 min ago"))
 
 
 def test_the_twelve_stages_have_marks_of_their_own(view, page):
-    for stage in sw.STAGES:
-        view.deliver(new_event(currentStage={"value": stage}))
-    page.wait_for_rows(12)
-    marks = "[...document.querySelectorAll('td:nth-child(2) .mark')]"
-    assert len(set(page.run(f"{marks}.map(each => each.textContent)"))) == 12
-    assert page.run("document.querySelectorAll('td:nth-child(2) .Failed').length") == 3
+    show(view, page, *[new_event(currentStage={"value": stage}) for stage in sw.STAGES])
+    assert len(set(page.texts("td:nth-child(2) .mark"))) == 12
+    assert len(page.texts("td:nth-child(2) .Failed")) == 3
 
 
 @pytest.mark.parametrize(("stage", "mark"), [
     ("InterviewRescheduled", "I\u2013"),
     ("Postponed2", "\u2013"),
-    ("waiting", "\u2013")])
+    ("waiting", "\u2013"),
+])
 def test_a_documented_stage_of_another_form_has_a_mark(view, page, stage, mark):
     page.run(f"STAGES.set('{stage}', 'a new one')")
-    view.deliver(new_event(currentStage={"value": stage}))
-    page.wait_for_rows(1)
-    assert page.run(cell(1)) == f"{mark}{stage}a new one"
+    show(view, page, new_event(currentStage={"value": stage}))
+    assert page.cell(1) == f"{mark}{stage}a new one"
 
 
-def test_an_undocumented_stage_is_named_so(view, page):
-    view.deliver(new_event(currentStage={"value": "InterviewPostponed"}))
-    page.wait_for_rows(1)
-    assert page.run(cell(1)) == "\u2013InterviewPostponednot a documented stage"
+NO_OBJECT = "\u2013no stageits body is no plain JSON object: see the log"
+NO_STAGE = "\u2013no stagethe event names no stage"
+NEW_STAGE = "\u2013InterviewPostponednot a documented stage"
 
 
-@pytest.mark.parametrize(("body", "code", "why"), [
-    (b"{}", "no interview code", "the event names no stage"),
-    (b'{"interviewCode":"c","currentStage":7}', "c", "the event names no stage"),
-    (b'\xef\xbb\xbf{"interviewCode":"c"}', "c", "its body is no plain JSON object: see the log"),
-    (b"[1]", "no interview code", "its body is no plain JSON object: see the log"),
-    (b"no JSON \xff", "no interview code", "its body is no plain JSON object: see the log")])
-def test_an_event_without_a_stage_is_shown_with_the_reason(view, page, body, code, why):
-    view.deliver(body)
-    page.wait_for_rows(1)
-    assert [page.run(cell(0)), page.run(cell(1))] == [code, f"\u2013no stage{why}"]
+# Each row: a body, and what is shown as its code and as its stage.
+@pytest.mark.parametrize(("body", "code", "stage"), [
+    (b"{}", "no interview code", NO_STAGE),
+    (b'{"interviewCode":"c","currentStage":7}', "c", NO_STAGE),
+    (b'{"interviewCode":"c","currentStage":{"value":"InterviewPostponed"}}', "c", NEW_STAGE),
+    (b'\xef\xbb\xbf{"interviewCode":"c"}', "c", NO_OBJECT),
+    (b"[1]", "no interview code", NO_OBJECT),
+    (b"no JSON \xff", "no interview code", NO_OBJECT),
+])
+def test_an_event_without_a_known_stage_is_shown_and_says_why(view, page, body, code, stage):
+    show(view, page, body)
+    assert [page.cell(0), page.cell(1)] == [code, stage]
 
 
 def test_a_line_that_a_page_cannot_read_is_counted(view, page):
-    view.log.write_bytes(line_of(new_event())[:-2] + b"\n" + line_of(new_event(interviewCode="good")))
+    view.log.write_bytes(line_of(new_event())[:-2] + b"\n" + line_of(new_event()))
     page.wait_for_rows(1)
-    assert page.run("document.querySelector('#note').textContent") == (
-        "1 of 1 interviews, 1 lines of the log could not be read")
+    assert page.texts("#note") == ["1 of 1 interviews, 1 lines of the log could not be read"]
 
 
 def test_two_hundred_interviews_are_listed_newest_change_first(view, page):
-    bodies = [new_event(interviewCode=f"code {n:03}", timestamp=time_ago(9000 - n)) for n in range(200)]
-    view.log.write_bytes(b"".join(map(line_of, bodies)))
+    codes = [f"code {number:03}" for number in range(200)]
+    with open(view.log, "wb") as log:
+        for number, code in enumerate(codes):
+            log.write(line_of(new_event(interviewCode=code, timestamp=time_ago(9000 - number))))
     page.wait_for_rows(200)
-    codes = page.run("[...document.querySelectorAll('#rows a')].map(e => e.textContent)")
-    assert codes == [f"code {n:03}" for n in reversed(range(200))]
-    view.deliver(new_event(interviewCode="code 007", timestamp=time_ago(0)))
-    page.wait_for(f"{cell(0)} == 'code 007'")
+    assert page.texts("#rows a") == codes[::-1]
+    deliver_new(view, interviewCode="code 007", timestamp=time_ago(0))
+    assert until(lambda: page.cell(0) == "code 007")
 
 
 def test_a_page_follows_a_rotation_and_keeps_the_focus(view, page):
-    view.deliver(new_event(interviewCode="before"))
-    page.wait_for_rows(1)
+    show(view, page, new_event(interviewCode="before"))
     page.run("document.querySelector('#rows a').focus()")
     replace_log(view.log, "rename")
-    view.deliver(new_event(interviewCode="after", timestamp=time_ago(0)))
+    deliver_new(view, interviewCode="after", timestamp=time_ago(0))
     page.wait_for_rows(2)
-    assert page.run(cell(0)) == "after"
+    assert page.cell(0) == "after"
     assert page.run("document.activeElement.textContent") == "before"
 
 
 @pytest.mark.parametrize(("part", "rows"), [("two", 1), ("interview%20", 2), ("%", 0), ("", 2)])
 def test_the_hash_of_an_address_is_a_filter(view, page, part, rows):
-    for code in ("interview one", "interview two"):
-        view.deliver(new_event(interviewCode=code))
-    page.wait_for_rows(2)
+    codes = ("interview one", "interview two")
+    show(view, page, *[new_event(interviewCode=code) for code in codes])
     page.run(f"location.hash = '{part}'")
     page.wait_for_rows(rows)
 
 
 def test_a_page_that_hears_nothing_goes_on_where_it_was(view, page):
-    view.deliver(new_event(interviewCode="one"))
-    page.wait_for_rows(1)
+    show(view, page, new_event())
     page.run("source.first = true; wait = 100; heard = 0")
     page.wait_for("!source.first && document.querySelector('#state').className == 'live'")
     assert page.run("source.url").endswith(f"-{view.log.stat().st_size}")
-    view.deliver(new_event(interviewCode="two"))
+    deliver_new(view)
     page.wait_for_rows(2)
 
 
 def test_a_page_that_is_sent_an_event_twice_shows_it_once(view, page):
-    view.deliver(new_event())
-    page.wait_for_rows(1)
+    show(view, page, new_event())
     page.run("source.close(); last = ''; connect()")
-    view.deliver(new_event())
+    deliver_new(view)
     page.wait_for_rows(2)
-    assert page.run("document.querySelectorAll('#rows li').length") == 2
+    assert len(page.texts("#rows li")) == 2
 
 
 def test_a_page_hears_the_heartbeat(serve, browser):
@@ -5204,9 +5245,9 @@ WRONG_STARTS = [
     ([], {"SKYPE_API_SECRET_FILE": "cut"}, "both"),
     ([], {"SKYPE_API_SECRET": "", "SKYPE_API_SECRET_FILE": "missing"}, "SECRET_FILE: No such file"),
     ([], {"SKYPE_API_SECRET": "", "SKYPE_API_SECRET_FILE": SECRET.decode()}, "FILE: No such file"),
-    ([], {"SKYPE_API_SECRET": "", "SKYPE_API_SECRET_FILE": "empty"}, "SECRET_FILE: the file is empty"),
+    ([], {"SKYPE_API_SECRET": "", "SKYPE_API_SECRET_FILE": "empty"}, "FILE: the file is empty"),
     ([], {"SKYPE_API_SECRET": "", "SKYPE_API_SECRET_FILE": "utf16.env"}, "the file is not UTF-8"),
-    ([], {"SKYPE_API_SECRET": "", "SKYPE_API_SECRET_FILE": "fifo"}, "_FILE: it is a named pipe, not"),
+    ([], {"SKYPE_API_SECRET": "", "SKYPE_API_SECRET_FILE": "fifo"}, "FILE: it is a named pipe, not"),
     ([], {"SKYPE_API_KEY_PREVIOUS": "x"}, "PREVIOUS"),
     ([], {"SKYPE_BEHIND_PROXY": "maybe"}, "--behind-proxy"),
     ([], {"SKYPE_LEEWAY": "1e3"}, "--leeway"),
