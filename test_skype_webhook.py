@@ -4257,7 +4257,8 @@ def test_send_delivers_and_says_what_became_of_it(serve, certificate, tmp_path):
     words = ("--ca", certificate[0], "--stage", "InterviewStarted")
     code, out, err = sent_to(server.port, *words, cwd=tmp_path)
     (line,) = server.lines()
-    assert (code, err) == (0, "") and re.fullmatch(rf"recorded {line['id']} in .* ms\n", out)
+    assert (code, err) == (0, "")
+    assert re.fullmatch(rf"recorded {line['id']} in .* ms\n", out)
     assert line["data"]["currentStage"]["value"] == "InterviewStarted"
 
 
@@ -4274,19 +4275,21 @@ def test_send_delivers_many_and_says_how_fast(serve, tmp_path):
     server = serve()
     words = ("--insecure", "--count", 50, "--concurrency", 4)
     code, out, _ = sent_to(server.port, *words, cwd=tmp_path)
-    assert code == 0 and out.startswith("50 delivered, 0 refused in ") and len(server.ids()) == 50
+    assert code == 0 and out.startswith("50 delivered, 0 refused in ")
+    assert len(server.ids()) == 50
 
 
-def test_a_refused_send_says_why_and_ends_with_1(serve, tmp_path):
+def test_a_certificate_that_send_distrusts_is_named_by_both(serve, tmp_path):
     server = serve()
     code, out, err = sent_to(server.port, cwd=tmp_path)
     assert (code, out) == (1, "") and "--ca" in err
     server.wait_for("TLS handshake failed: .*--cert the full chain")
-    code, out, err = sent_to(server.port, "--insecure", cwd=tmp_path, SKYPE_API_SECRET="other")
+
+
+def test_a_refused_send_says_why_and_ends_with_1(serve, tmp_path):
+    port = serve().port
+    code, out, err = sent_to(port, "--insecure", cwd=tmp_path, SKYPE_API_SECRET="other")
     assert (code, out) == (1, "") and "401" in err and "signature" in err
-    server.stop()
-    code, out, err = sent_to(server.port, "--insecure", cwd=tmp_path)
-    assert (code, out) == (1, "") and "refused; is the receiver running there?" in err
 
 
 # Each row: a certificate's first and last day, its name, and what the sender is told to do.
@@ -4304,7 +4307,7 @@ def test_send_says_what_a_certificate_lacks(serve, tmp_path, begin, end, name, s
 
 # Each row: a URL, and what the sender is told to look at.
 @pytest.mark.parametrize(("url", "said"), [
-    ("https://localhost:1/", "is the receiver running there?"),
+    ("https://localhost:1/", "refused; is the receiver running there?"),
     ("https://no.such.host.invalid/", "is the name in the URL right?"),
 ])
 def test_send_says_what_to_look_at_where_nobody_answers(tmp_path, url, said):
@@ -4372,12 +4375,15 @@ def test_an_env_file_as_windows_writes_it_is_read(shared, tmp_path):
 def test_a_stdout_that_is_full_ends_with_1_and_one_line(shared, service, tmp_path, command):
     shared.deliver(new_event())
     service.has("x", reply(200, b"{}"))
-    words = {"send": (f"https://localhost:{shared.port}/", "--insecure"), "timeline": (shared.log,),
-             "fetch": ("x", "--url", service.url, "--insecure")}[command]
+    words = {
+        "send": (f"https://localhost:{shared.port}/", "--insecure"),
+        "timeline": (shared.log,),
+        "fetch": ("x", "--url", service.url, "--insecure"),
+    }[command]
+    environment = {**CLEAN, **OURS, "PYTHONUNBUFFERED": ""}  # or each print fails
     with open("/dev/full", "w") as full:
-        done = subprocess.run([*PROGRAM, command, *words], stdout=full, stderr=subprocess.PIPE,
-                              text=True, cwd=tmp_path, check=False,
-                              env={**CLEAN, **OURS, "PYTHONUNBUFFERED": ""})  # or each print fails
+        done = subprocess.run([*PROGRAM, command, *words], cwd=tmp_path, env=environment,
+                              stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, f"error: {command}: No space left on device\n")
 
 
@@ -4397,7 +4403,8 @@ def test_help_that_nobody_reads_ends_with_1_and_one_line(tmp_path, words):
     (["--frobnicate"], 2),
     (["--cert", "missing"], 2),
     (["send", "https://localhost:1/"], 1),
-    (["timeline", "odd"], 0)], ids=str)
+    (["timeline", "odd"], 0),
+], ids=str)
 def test_a_stderr_that_is_full_changes_no_exit_code(tmp_path, words, code):
     (tmp_path / "odd").write_bytes(b"odd\n")
     with open("/dev/full", "w") as full:
@@ -4408,9 +4415,15 @@ def test_a_stderr_that_is_full_changes_no_exit_code(tmp_path, words, code):
 
 @pytest.mark.parametrize("words", [("send",), ("fetch", "x", "--url")])
 @pytest.mark.parametrize(("url", "outcome"), [
-    ("https://localhost:99999/", 2), ("https://localhost:x/", 2), ("https://[::1/", 2),
-    ("https://localhost/\xe4", 2), ("https://a b/", 2), ("localhost:8443", 2),
-    (f"https://{'a' * 64}.example/", 1), ("https://a..b/", 1)])
+    ("https://localhost:99999/", 2),
+    ("https://localhost:x/", 2),
+    ("https://[::1/", 2),
+    ("https://localhost/\xe4", 2),
+    ("https://a b/", 2),
+    ("localhost:8443", 2),
+    (f"https://{'a' * 64}.example/", 1),
+    ("https://a..b/", 1),
+])
 def test_what_is_no_url_is_said_in_a_line(tmp_path, words, url, outcome):
     code, out, err = run(*words, url, cwd=tmp_path, **OURS)
     assert (code, out, err.count("\n")) == (outcome, "", 1)
@@ -4421,7 +4434,8 @@ def test_what_is_no_url_is_said_in_a_line(tmp_path, words, url, outcome):
     (1, b"\x1b[2J\r\n\r\n"),
     (1, b"HTTP/1.1 \x1b[2J\r\n\r\n"),
     (0, b'HTTP/1.1 200 OK\r\n\r\n{"id":"\\u001b[2J\\u202e"}'),
-    (1, b'HTTP/1.1 400 No\r\n\r\n{"detail":"\\u001b[2J\\u202e"}')])
+    (1, b'HTTP/1.1 400 No\r\n\r\n{"detail":"\\u001b[2J\\u202e"}'),
+])
 def test_what_a_hostile_receiver_answers_is_shown_escaped(tmp_path, code, answer):
     def serve_once():
         with listener.accept()[0] as peer:
@@ -4436,7 +4450,8 @@ def test_what_a_hostile_receiver_answers_is_shown_escaped(tmp_path, code, answer
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
         ended, *said = run("send", url, cwd=tmp_path, **OURS)
     text = "".join(said)
-    assert ended == code and "\\x1b[2J" in text and not re.search("[\x1b\u202e\r]", text)
+    assert ended == code
+    assert "\\x1b[2J" in text and not re.search("[\x1b\u202e\r]", text)
 
 
 PAGE_ADDRESS = r"\Athe live page, in a browser:  https://demo:([\w-]{20,})@127\.0\.0\.1:(\d+)/\n"
@@ -4448,48 +4463,47 @@ def demo(launch, tmp_path):
     """Return a function that starts `demo`; its folder is made in one whose name has a space."""
     temporary = tmp_path / "a b"
     temporary.mkdir()
-    (tmp_path / "sitecustomize.py").touch()
 
     def start_demo(*flags, patch="", **environment):
         """`patch` is Python that runs before the program."""
         (tmp_path / "sitecustomize.py").write_text(patch)
-        return Command(launch, tmp_path, "demo", *flags, **{
-            "TMPDIR": str(temporary), "PYTHONPATH": str(tmp_path), **environment})
+        places = {"TMPDIR": str(temporary), "PYTHONPATH": str(tmp_path)}
+        return Command(launch, tmp_path, "demo", *flags, **{**places, **environment})
 
     start_demo.folders = lambda: list(temporary.iterdir())
     return start_demo
 
 
 def test_demo_delivers_to_itself_and_ends_with_0(demo):
-    run = demo()
-    line = json.loads(run.says(r"200 recorded\nits line in .*\n\n(\{.*\})\n\n1\. ")[1])
+    shown = demo()
+    line = json.loads(shown.says(r"200 recorded\nits line in .*\n\n(\{.*\})\n\n1\. ")[1])
     assert line["data"]["currentStage"]["value"] == "SchedulingTime"
     (folder,) = demo.folders()
     names = ("", ".env", "events.jsonl", "key.pem")
     assert [(folder / name).stat().st_mode & 0o077 for name in names] == [0] * 4
-    code, out, err = run.ended(signal.SIGINT)
+    code, out, err = shown.ended(signal.SIGINT)
     assert (code, re.search(REMOVED, out)[1], demo.folders()) == (0, str(folder), [])
     assert "1 recorded" in err
 
 
 def test_demo_says_first_where_its_page_is_and_its_password(demo):
-    run = demo()
-    password, port = run.says(PAGE_ADDRESS).groups()
-    run.port = int(port)
-    assert get(run, "/")[0] == 401
-    assert get(run, "/", basic(password))[0] == 200
-    code, _, err = run.ended(signal.SIGINT)
+    shown = demo()
+    password, port = shown.says(PAGE_ADDRESS).groups()
+    shown.port = int(port)
+    assert get(shown, "/")[0] == 401
+    assert get(shown, "/", basic(password))[0] == 200
+    code, _, err = shown.ended(signal.SIGINT)
     assert code == 0 and password not in err and "warning" not in err
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 @pytest.mark.parametrize("moment", ["while its certificate is made", "while it serves"])
 def test_demo_removes_its_folder_whatever_signal_ends_it(demo, name, moment):
-    run = demo()
+    shown = demo()
     if moment == "while it serves":
-        run.says("README.md")
+        shown.says("README.md")
     assert until(demo.folders)
-    code, out, _ = run.ended(getattr(signal, name))
+    code, out, _ = shown.ended(getattr(signal, name))
     assert code == 0 and re.search(REMOVED, out) and demo.folders() == []
 
 
@@ -4499,10 +4513,23 @@ def test_demo_on_a_port_that_is_taken_removes_its_folder(demo, shared):
     assert re.fullmatch(REMOVED, f"\n{out}") and "in use" in err
 
 
-def test_demo_without_openssl_removes_its_folder(demo, tmp_path):
-    code, out, err = demo(PATH=str(tmp_path)).ended()
-    assert (code, demo.folders()) == (2, [])
-    assert re.fullmatch(REMOVED, f"\n{out}") and "install openssl" in err
+NO_CONNECTION = """
+import socket
+def refuse(*_, **__):
+    raise ConnectionRefusedError(111, "Connection refused")
+socket.create_connection = refuse
+"""
+
+
+# Each row: what runs before the demo, its PATH, its exit code, what it says.
+@pytest.mark.parametrize(("patch", "path", "code", "said"), [
+    ("", "/missing", 2, "install openssl"),
+    (NO_CONNECTION, os.environ["PATH"], 1, "error: demo: Connection refused\n"),
+], ids=["openssl", "connection"])
+def test_a_demo_that_fails_says_why_and_removes_its_folder(demo, patch, path, code, said):
+    ended, out, err = demo(patch=patch, PATH=path).ended()
+    assert (ended, demo.folders()) == (code, [])
+    assert re.search(REMOVED, f"\n{out}") and said in err
 
 
 NO_LOCALHOST = """
@@ -4517,47 +4544,33 @@ socket.getaddrinfo = resolve
 
 
 def test_demo_works_where_localhost_does_not_resolve(demo):
-    run = demo(patch=NO_LOCALHOST)
-    run.says("200 recorded")
-    assert run.ended(signal.SIGINT)[0] == 0
-
-
-NO_CONNECTION = """
-import socket
-def refuse(*_, **__):
-    raise ConnectionRefusedError(111, "Connection refused")
-socket.create_connection = refuse
-"""
-
-
-def test_a_demo_that_cannot_deliver_says_so_and_ends_with_1(demo):
-    code, out, err = demo(patch=NO_CONNECTION).ended()
-    assert code == 1 and "error: demo: Connection refused\n" in err
-    assert re.search(REMOVED, out) and demo.folders() == []
+    shown = demo(patch=NO_LOCALHOST)
+    shown.says("200 recorded")
+    assert shown.ended(signal.SIGINT)[0] == 0
 
 
 def test_what_demo_prints_can_be_pasted_into_a_shell(demo):
-    run = demo()
-    send = run.says(r"1\. deliver another:  (.*)\n")[1]
-    tail = run.says(r"2\. watch the log:    (.*)\n")[1]
+    shown = demo()
+    send = shown.says(r"1\. deliver another:  (.*)\n")[1]
+    tail = shown.says(r"2\. watch the log:    (.*)\n")[1]
     for words, pattern in ((send, r"recorded .*\n"), (tail.replace("-F", "-n 2"), r".*\n.*\n")):
         said = subprocess.run(["bash", "-c", words], capture_output=True, check=True, env=CLEAN)
         assert re.fullmatch(pattern, said.stdout.decode())
-    assert run.ended(signal.SIGINT)[0] == 0
+    assert shown.ended(signal.SIGINT)[0] == 0
 
 
 def test_demo_shows_in_a_browser_what_is_sent(demo, tmp_path):
     with contextlib.closing(Browser(tmp_path / "browser")) as browser:
-        run = demo()
-        send = run.says(r"1\. deliver another:  (.*)\n")[1]
-        browser.call("Page.navigate", url=run.says(r"browser:  (\S+)")[1])
+        shown = demo()
+        send = shown.says(r"1\. deliver another:  (.*)\n")[1]
+        browser.call("Page.navigate", url=shown.says(r"browser:  (\S+)")[1])
         browser.wait_for("document.querySelectorAll('#rows tr').length == 1")
         assert browser.run("document.body.innerText.includes('SchedulingTime')")
         browser.run("window.notReloaded = true")
         subprocess.run(["bash", "-c", send], check=True, env=CLEAN, stdout=subprocess.DEVNULL)
         browser.wait_for("document.querySelectorAll('#rows tr').length == 2")
         assert browser.run("window.notReloaded") is True
-        assert run.ended(signal.SIGINT)[0] == 0
+        assert shown.ended(signal.SIGINT)[0] == 0
 
 
 # --- Fetch ---
@@ -4604,7 +4617,9 @@ class Service(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, certificate):
-        self.answers, self.asked, self.over = {}, [], threading.Event()
+        self.answers = {}
+        self.asked = []
+        self.over = threading.Event()
         super().__init__(("127.0.0.1", 0), self.Handler)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(*certificate)
@@ -4627,12 +4642,14 @@ class Service(http.server.ThreadingHTTPServer):
     def handle_error(self, *_):  # of handshakes and peers that have gone
         pass
 
+    def has(self, code, answer):
+        """Set what is answered for a code."""
+        self.answers[f"/api/interviews/{code}"] = answer
+
 
 @pytest.fixture
 def service(certificate):
-    """The stub over TLS; `has` sets what it answers for a code."""
     with Service(certificate) as stub:
-        stub.has = lambda code, answer: stub.answers.update({f"/api/interviews/{code}": answer})
         yield stub
         stub.over.set()
         stub.shutdown()
@@ -4641,27 +4658,35 @@ def service(certificate):
 @pytest.fixture
 def fetch(service, certificate, tmp_path):
     """Return a function that runs `fetch` on the stub."""
-    flags = ("--url", service.url, "--ca", certificate[0])
-    return lambda *words, **environment: run("fetch", *words, *flags, cwd=tmp_path,
-                                             **{**OURS, **environment})
+    def run_fetch(*words, **environment):
+        flags = ("--url", service.url, "--ca", certificate[0])
+        return run("fetch", *words, *flags, cwd=tmp_path, **{**OURS, **environment})
+
+    return run_fetch
 
 
 PRETTY = '{\r\n  "notes": "d\u00e9j\u00e0\\nvu \\ud83d\\ude00",\r"n": [1.0, 1e400],\n\t"n": 1\n}\n'
 ONE_LINE = '{    "notes": "d\u00e9j\u00e0\\nvu \\ud83d\\ude00", "n": [1.0, 1e400], \t"n": 1 }\n'
 
 
-def test_a_pretty_printed_answer_becomes_one_line_value_for_value(service, fetch):
+def test_a_pretty_printed_answer_becomes_one_line(service, fetch):
     service.has("x", reply(200, PRETTY.encode()))
     code, out, err = fetch("x", https_proxy="http://127.0.0.1:9/", LC_ALL="C")
-    assert (code, err) == (0, "") and service.asked == ["/api/interviews/x"]
-    assert out == ONE_LINE
+    assert (code, out, err) == (0, ONE_LINE, "")
+    assert service.asked == ["/api/interviews/x"]
 
 
 @pytest.mark.parametrize(("answer", "line"), [
-    (b"\xef\xbb\xbf{}\r\n", "{}"), (b"[]", "[]"), (b'"x\\ud800"', '"x\\ud800"')])
+    (b"\xef\xbb\xbf{}\r\n", "{}"),
+    (b"[]", "[]"),
+    (b'"x\\ud800"', '"x\\ud800"'),
+])
 def test_an_answer_may_be_json_of_any_kind(service, fetch, answer, line):
     service.has("x", reply(200, answer))
     assert fetch("x") == (0, f"{line}\n", "")
+
+
+NOT_JSON = "200, but its content is not JSON"
 
 
 # Each row: what is answered for one of three codes, and what is said of it.
@@ -4673,16 +4698,15 @@ def test_an_answer_may_be_json_of_any_kind(service, fetch, answer, line):
     (reply(500, b"{}"), "500 Internal Server Error"),
     (reply(299, b"{}"), "299"),
     (reply(200), "200, but its content is empty"),
-    (reply(200, b"no"), "200, but its content is not JSON "
-                        "(Expecting value: line 1 column 1 (char 0))"),
+    (reply(200, b"no"), f"{NOT_JSON} (Expecting value: line 1 column 1 (char 0))"),
     (reply(200, b'{"n": NaN}'), "200, but its content holds NaN, which is not JSON"),
-    (reply(200, b'"\n"'), "200, but its content is not JSON "
-                          "(Invalid control character at: line 1 column 2 (char 1))"),
+    (reply(200, b'"\n"'), f"{NOT_JSON} (Invalid control character at: line 1 column 2 (char 1))"),
     (reply(200, b"[" * 9999), "200, but its content is nested deeper than 64 containers"),
     (reply(200, b"{}{}"), "200, but its content goes on after its JSON value"),
     (reply(200, b"{}", Content_Length=3), "no whole HTTP answer (IncompleteRead)"),
     (lambda handler: None, "no whole HTTP answer (RemoteDisconnected)"),
-    (lambda handler: handler.wfile.write(b"\x1b[2J\r\n"), "no whole HTTP answer (BadStatusLine)")])
+    (lambda handler: handler.wfile.write(b"\x1b[2J\r\n"), "no whole HTTP answer (BadStatusLine)"),
+])
 def test_what_fails_is_said_and_the_others_are_fetched(service, fetch, answer, said):
     service.has("a", reply(200, b"[1]"))
     service.has("b", answer)
@@ -4691,22 +4715,21 @@ def test_what_fails_is_said_and_the_others_are_fetched(service, fetch, answer, s
 
 
 @pytest.mark.parametrize("answer", [
-    lambda handler: handler.server.over.wait(10), drip(b""), drip(b"HTTP/1.1 200 OK\r\n"),
+    lambda handler: handler.server.over.wait(10),
+    drip(b""),
+    drip(b"HTTP/1.1 200 OK\r\n"),
     drip(b"HTTP/1.1 200 OK\r\n\r\n{}"),
-    drip(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n1")])
+    drip(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n1"),
+])
 def test_an_answer_that_does_not_end_in_time_is_given_up(
-        service, certificate, tmp_path, monkeypatch, capfd, answer):
+        service, certificate, in_process, monkeypatch, answer):
     service.has("slow", answer)
     service.has("good", reply(200, b"{}"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     monkeypatch.setattr(sw, "FETCH_SECONDS", 1.0)
-    for name, value in OURS.items():
-        monkeypatch.setenv(name, value)
+    words = ("fetch", "slow", "good", "--url", service.url, "--ca", certificate[0])
     begun = time.monotonic()
-    assert sw.main(["fetch", "slow", "good", "--url", service.url, "--ca", certificate[0]]) == 1
+    assert in_process(*words) == (1, "{}\n", "error: slow: no whole answer within 1 s\n")
     assert 1 <= time.monotonic() - begun < 5
-    assert capfd.readouterr() == ("{}\n", "error: slow: no whole answer within 1 s\n")
 
 
 def test_a_handshake_that_does_not_end_in_time_is_given_up(monkeypatch):
@@ -4721,19 +4744,22 @@ def test_a_handshake_that_does_not_end_in_time_is_given_up(monkeypatch):
 
 
 def test_a_silent_address_leaves_the_others_their_time(service, monkeypatch):
-    service.has("x", reply(200, b"{}"))
     found = [(0, 0, 0, "", (address, 0)) for address in ("127.0.0.2", "127.0.0.1")]
-    resolve = socket.getaddrinfo
+    real = socket.getaddrinfo
+
+    def resolve(host, *rest, **options):
+        return found if host == "localhost" else real(host, *rest, **options)
+
+    service.has("x", reply(200, b"{}"))
     monkeypatch.setattr(sw, "FETCH_SECONDS", 4.0)
     with contextlib.ExitStack() as stack:
-        silent = stack.enter_context(socket.socket())
-        silent.bind(("127.0.0.2", service.server_port))
+        silent = stack.enter_context(socket.create_server(("127.0.0.2", service.server_port)))
         silent.listen(0)
         for _ in range(4):  # its queue is full then
-            stack.enter_context(peer := socket.socket()).setblocking(False)
+            peer = stack.enter_context(socket.socket())
+            peer.setblocking(False)
             peer.connect_ex(silent.getsockname())
-        monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **options: (
-            found if host == "localhost" else resolve(host, *rest, **options)))
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
         base, context = sw.split_url(service.url), sw.client_context(None, True)
         assert sw.fetch_interview("x", base, CREDENTIAL, context) == b"{}"
 
@@ -4774,17 +4800,23 @@ def test_a_certificate_that_is_not_trusted_gets_no_token(service, tmp_path):
     service.has("x", reply(200, b"{}"))
     words = ("fetch", "x", "--url", service.url)
     code, out, err = run(*words, cwd=tmp_path, **OURS)
-    assert (code, out, service.asked) == (1, "", []) and "not trusted here" in err and "--ca" in err
+    assert (code, out, service.asked) == (1, "", [])
+    assert "not trusted here" in err and "--ca" in err
     assert run(*words, "--insecure", cwd=tmp_path, **OURS) == (0, "{}\n", "")
 
 
 @pytest.mark.parametrize(("code", "target"), [
-    ("../admin", "..%2Fadmin"), ("a/b?c#d%2e", "a%2Fb%3Fc%23d%252e"),
-    ("\u00e4 \u202e", "%C3%A4%20%E2%80%AE"), ("x\r\nHost: y", "x%0D%0AHost%3A%20y"),
-    ("...", "..."), ("~-_", "~-_")])
+    ("../admin", "..%2Fadmin"),
+    ("a/b?c#d%2e", "a%2Fb%3Fc%23d%252e"),
+    ("\u00e4 \u202e", "%C3%A4%20%E2%80%AE"),
+    ("x\r\nHost: y", "x%0D%0AHost%3A%20y"),
+    ("...", "..."),
+    ("~-_", "~-_"),
+])
 def test_a_code_of_any_characters_is_one_path_segment(service, fetch, code, target):
     service.has(target, reply(200, b"{}"))
-    assert fetch(code) == (0, "{}\n", "") and service.asked == [f"/api/interviews/{target}"]
+    assert fetch(code) == (0, "{}\n", "")
+    assert service.asked == [f"/api/interviews/{target}"]
 
 
 def test_what_is_no_code_is_refused_and_the_others_are_fetched(service, fetch):
@@ -4798,8 +4830,9 @@ def test_what_is_no_code_is_refused_and_the_others_are_fetched(service, fetch):
 def fetching(service, certificate, launch, tmp_path):
     """`fetch -`, which waits for codes."""
     words = ("fetch", "-", "--url", service.url, "--ca", certificate[0])
-    return Command(launch, tmp_path, *words, **{
-        **OURS, "PYTHONDEVMODE": "1", "PYTHONUNBUFFERED": ""})  # or each print is written at once
+    # With PYTHONUNBUFFERED, each print would be written at once.
+    environment = {**OURS, "PYTHONDEVMODE": "1", "PYTHONUNBUFFERED": ""}
+    return Command(launch, tmp_path, *words, **environment)
 
 
 def test_codes_on_stdin_are_fetched_as_they_come(service, fetching):
@@ -4836,13 +4869,13 @@ def test_ctrl_c_while_data_is_on_its_way_ends_with_1(service, fetching):
 
 def test_no_client_leaves_a_socket_or_file_open(demo, fetching, service):
     service.has("x", reply(200, b"{}"))
-    run = demo(PYTHONDEVMODE="1")
-    send = run.says(r"1\. deliver another:  (.*)\n")[1] + " --count 9 --concurrency 3"
+    shown = demo(PYTHONDEVMODE="1")
+    send = shown.says(r"1\. deliver another:  (.*)\n")[1] + " --count 9 --concurrency 3"
     sent = subprocess.run(["bash", "-c", send], capture_output=True, text=True, check=True,
                           env={**CLEAN, "PYTHONDEVMODE": "1"})
     fetching.is_told(b"x\n")
     assert fetching.ended() == (0, "{}\n", "")
-    assert "ResourceWarning" not in sent.stderr + run.ended(signal.SIGINT)[2]
+    assert "ResourceWarning" not in sent.stderr + shown.ended(signal.SIGINT)[2]
 
 
 def test_a_reader_that_has_gone_ends_fetch_with_1(service, certificate, tmp_path):
@@ -4864,8 +4897,10 @@ def test_a_closed_stdin_has_no_codes(service, certificate, launch):
 
 
 @pytest.mark.parametrize(("url", "said"), [
-    ("ftp://x/", "is not a URL"), ("https://x/?a=b", "has to end with its path"),
-    ("https://x/#a", "has to end with its path")])
+    ("ftp://x/", "is not a URL"),
+    ("https://x/?a=b", "has to end with its path"),
+    ("https://x/#a", "has to end with its path"),
+])
 def test_a_base_that_codes_cannot_follow_is_refused(tmp_path, url, said):
     code, out, err = run("fetch", "x", "--url", url, cwd=tmp_path, **OURS)
     assert (code, out, err.count("\n")) == (2, "", 1) and said in err
