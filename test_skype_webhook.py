@@ -4915,9 +4915,19 @@ def stage_lines(code, *changes):
     for previous, stage, second, arrival in changes:
         clock = time.strftime("%H:%M:%S", time.gmtime(second))
         body = new_event(interviewCode=code, previousStage=previous and {"value": previous},
-                     currentStage={"value": stage}, timestamp=f"2026-11-24T{clock}.0000001Z")
+                         currentStage={"value": stage}, timestamp=f"2026-11-24T{clock}.0000001Z")
         lines.append(line_of(body, 1_800_000_000 + arrival))
     return lines
+
+
+@pytest.fixture
+def timeline(tmp_path):
+    """Return a function that runs `timeline` on a log of these lines."""
+    def run_timeline(lines, *flags):
+        (tmp_path / "log").write_bytes(b"".join(lines))
+        return run("timeline", "log", *flags, cwd=tmp_path)
+
+    return run_timeline
 
 
 COURSE = (
@@ -4926,6 +4936,7 @@ COURSE = (
     ("SchedulingTime", "SchedulingCompleted", 36060, 2),
     ("InterviewCompleted", "FeedbackCollecting", 39590, 3),
 )
+LINES = stage_lines("code", *COURSE)
 STEPS = """
   2026-11-24 10:00:00  SchedulingTime       for 1 min
   2026-11-24 10:01:00  SchedulingCompleted  for 1 min 10 s  late: arrived after a later one
@@ -4935,22 +4946,18 @@ STEPS = """
 """
 
 
-def test_a_timeline_is_in_the_events_order_with_gaps(tmp_path):
-    (tmp_path / "log").write_bytes(b"".join(stage_lines("code", *COURSE)))
-    assert run("timeline", "log", cwd=tmp_path) == (0, "code" + STEPS, "")
+def test_a_timeline_is_in_the_events_order_with_gaps(timeline):
+    assert timeline(LINES) == (0, "code" + STEPS, "")
 
 
 def test_a_timeline_of_several_logs_has_each_event_once(tmp_path):
-    lines = stage_lines("code", *COURSE)
-    (tmp_path / "one").write_bytes(b"".join(lines[:3]))
-    (tmp_path / "two").write_bytes(b"".join(lines[2:]).rstrip(b"\n"))  # its last line is not ended
+    (tmp_path / "one").write_bytes(b"".join(LINES[:3]))
+    (tmp_path / "two").write_bytes(b"".join(LINES[2:]).rstrip(b"\n"))  # its last line is not ended
     assert run("timeline", "one", "two", "two", cwd=tmp_path) == (0, "code" + STEPS, "")
 
 
-def test_a_timeline_in_json_has_instants_and_what_is_odd(tmp_path):
-    (tmp_path / "log").write_bytes(b"".join(stage_lines("code", *COURSE)))
-    (line,) = run("timeline", "--json", "log", cwd=tmp_path)[1].splitlines()
-    shown = json.loads(line)
+def test_a_timeline_in_json_has_instants_and_what_is_odd(timeline):
+    shown = json.loads(timeline(LINES, "--json")[1])
     assert (shown["interview"], shown["stage"]) == ("code", "FeedbackCollecting")
     assert shown["events"][0] == {"time": "2026-11-24T10:00:00.0000001Z", "stage": "SchedulingTime",
                                   "previous": "InterviewCreated", "seconds": 60.0}
@@ -4958,43 +4965,40 @@ def test_a_timeline_in_json_has_instants_and_what_is_odd(tmp_path):
     assert [step.get("late") for step in shown["events"]] == [None, True, None, None]
 
 
-def test_an_event_without_a_stage_makes_and_hides_no_gap(tmp_path):
-    first, second = stage_lines("code", COURSE[0], COURSE[2])
-    between = line_of(new_event(interviewCode="code", currentStage=None, timestamp="2026-11-24T10:00:30Z"))
-    (tmp_path / "log").write_bytes(first + between + second)
-    assert "gap" not in run("timeline", "log", cwd=tmp_path)[1]
-    (tmp_path / "log").write_bytes(first + between + stage_lines("code", COURSE[1])[0])
-    assert "gap: came from SchedulingCompleted" in run("timeline", "log", cwd=tmp_path)[1]
+# Each row: which event comes next, and the gap before it.
+@pytest.mark.parametrize(("following", "gaps"), [
+    (2, []),
+    (1, ["gap: came from SchedulingCompleted"]),
+])
+def test_an_event_without_a_stage_makes_and_hides_no_gap(timeline, following, gaps):
+    stageless = new_event(interviewCode="code", currentStage=None, timestamp="2026-11-24T10:00:30Z")
+    shown = timeline([LINES[0], line_of(stageless), LINES[following]])[1]
+    assert re.findall("gap: .*", shown) == gaps
 
 
-def test_events_of_one_instant_are_0_seconds_apart(tmp_path):
+def test_events_of_one_instant_are_0_seconds_apart(timeline):
     lines = stage_lines("code", ("A", "B", 0, 0), ("B", "C", 0, 1))
-    (tmp_path / "log").write_bytes(b"".join(lines))
-    shown = json.loads(run("timeline", "--json", "log", cwd=tmp_path)[1])
+    shown = json.loads(timeline(lines, "--json")[1])
     assert [step.get("seconds") for step in shown["events"]] == [0.0, None]
 
 
-def test_the_deepest_event_is_in_the_timeline(tmp_path):
+def test_the_deepest_event_is_in_the_timeline(timeline):
     deepest = b'{"interviewCode":"deep","x":' + b"[" * 63 + b"]" * 63 + b"}"
-    (tmp_path / "log").write_bytes(line_of(deepest))
-    code, out, err = run("timeline", "log", cwd=tmp_path)
+    code, out, err = timeline([line_of(deepest)])
     assert (code, out.splitlines()[0], err) == (0, "deep", "")
 
 
-def test_a_timeline_of_one_interview_has_that_one(tmp_path):
+@pytest.mark.parametrize(("code", "shown"), [("code\u202e", "code\\u202e" + STEPS), ("none", "")])
+def test_a_timeline_of_one_interview_has_that_one(timeline, code, shown):
     lines = [*stage_lines("code\u202e", *COURSE), *stage_lines("other", *COURSE)]
-    (tmp_path / "log").write_bytes(b"".join(lines))
-    words = ["timeline", "log", "--interview"]
-    assert run(*words, "code\u202e", cwd=tmp_path)[1] == "code\\u202e" + STEPS
-    assert run(*words, "none", cwd=tmp_path) == (0, "", "")
+    assert timeline(lines, "--interview", code) == (0, shown, "")
 
 
-def test_the_interview_that_changed_last_is_at_the_end(tmp_path):
+def test_the_interview_that_changed_last_is_at_the_end(timeline):
     lines = [*stage_lines("plain", (None, "First", 0, 0), ("\x1b[2J", "Second\u202e", 1, 1)),
              line_of(new_event(interviewCode="by arrival", timestamp=None), 1_800_000_000),
              line_of(b"{}", 0)]
-    (tmp_path / "log").write_bytes(b"".join(lines))
-    assert run("timeline", "log", cwd=tmp_path)[1:] == ("""-
+    assert timeline(lines)[1:] == ("""-
   1970-01-01 00:00:00  -                    now
 
 plain
@@ -5013,37 +5017,49 @@ by arrival
     '"data_base64":"/w=="',
     '"data":[]',
     '"data":{"currentStage":{"value":7},"previousStage":"A"}',
-    '"extension":1'])
-def test_an_event_that_names_no_stage_is_shown_without_one(tmp_path, data):
+    '"extension":1',
+])
+def test_an_event_that_names_no_stage_is_shown_without_one(timeline, data):
     body = new_event(interviewCode="odd", timestamp="2026-11-24T10:00:00Z")
-    head = line_of(body).partition(b'"data":')[0]
-    (tmp_path / "log").write_bytes(head + data.encode() + b"}\n")
+    line = line_of(body).partition(b'"data":')[0] + data.encode() + b"}\n"
     shown = "odd\n  2026-11-24 10:00:00  -                    now\n\n"
-    assert run("timeline", "log", cwd=tmp_path) == (0, shown, "")
-    assert json.loads(run("timeline", "--json", "log", cwd=tmp_path)[1]) == {
+    assert timeline([line]) == (0, shown, "")
+    assert json.loads(timeline([line], "--json")[1]) == {
         "interview": "odd", "stage": None, "events": [{"time": "2026-11-24T10:00:00.0000000Z"}]}
 
 
-@pytest.mark.parametrize("odd", [
-    b"   ", b"foreign", b"{}", b"[]", b"1", b"\xff", b"[" * 2000, b"\0" * 99])
-def test_a_timeline_skips_and_counts_what_is_no_event(tmp_path, odd):
-    (line,) = stage_lines("code", COURSE[0])
-    (tmp_path / "log").write_bytes(odd + b"\n" + line + b"\n" + line[:-2] + b"\n")
-    code, out, err = run("timeline", "--json", "log", cwd=tmp_path)
-    blank = 1 if odd.strip() else 2
-    assert (code, err) == (0, f"skipped {blank} blank and {3 - blank} foreign lines\n")
+@pytest.mark.parametrize(("odd", "blank", "foreign"), [
+    (b"   ", 2, 1),
+    (b"foreign", 1, 2),
+    (b"{}", 1, 2),
+    (b"[]", 1, 2),
+    (b"1", 1, 2),
+    (b"\xff", 1, 2),
+    (b"[" * 2000, 1, 2),
+    (b"\0" * 99, 1, 2),
+])
+def test_a_timeline_skips_and_counts_what_is_no_event(timeline, odd, blank, foreign):
+    code, out, err = timeline([odd, b"\n", LINES[0], b"\n", LINES[0][:-2], b"\n"], "--json")
+    assert (code, err) == (0, f"skipped {blank} blank and {foreign} foreign lines\n")
     assert len(json.loads(out)["events"]) == 1
 
 
 @pytest.mark.parametrize("change", [
-    {"id": ["x"]}, {"id": 5}, {"id": None},
-    {"subject": 7}, {"subject": ["x"]}, {"subject": None},
-    {"time": 5}, {"time": None}, {"time": "now"},
-    {"recordedtime": None}, {"recordedtime": "now"}], ids=str)
-def test_a_line_whose_members_are_of_other_types_is_foreign(tmp_path, change):
-    (line,) = stage_lines("one", COURSE[0])
-    (tmp_path / "log").write_text(json.dumps({**json.loads(line), **change}) + "\n")
-    assert run("timeline", "log", cwd=tmp_path) == (0, "", "skipped 0 blank and 1 foreign lines\n")
+    {"id": ["x"]},
+    {"id": 5},
+    {"id": None},
+    {"subject": 7},
+    {"subject": ["x"]},
+    {"subject": None},
+    {"time": 5},
+    {"time": None},
+    {"time": "now"},
+    {"recordedtime": None},
+    {"recordedtime": "now"},
+], ids=str)
+def test_a_line_whose_members_are_of_other_types_is_foreign(timeline, change):
+    line = json.dumps({**json.loads(LINES[0]), **change}).encode() + b"\n"
+    assert timeline([line]) == (0, "", "skipped 0 blank and 1 foreign lines\n")
 
 
 @pytest.mark.parametrize(("sent", "instant"), [
@@ -5055,98 +5071,102 @@ def test_a_line_whose_members_are_of_other_types_is_foreign(tmp_path, change):
     ("1969-12-31T23:59:59Z", "1969-12-31T23:59:59.0000000Z"),
     ("2000-03-01T00:30:00+01:00", "2000-02-29T23:30:00.0000000Z"),
     ("0001-01-01T00:00:00+01:00", None),  # which leads out of the calendar
-    ("9999-12-31T23:59:59.5-00:01", None)])
-def test_a_time_is_an_instant(tmp_path, capsys, sent, instant):
-    (tmp_path / "log").write_bytes(line_of(new_event(timestamp=sent)))
-    assert sw.main(["timeline", "--json", str(tmp_path / "log")]) == 0
-    assert json.loads(capsys.readouterr().out)["events"][0].get("time") == instant
-    assert sw.main(["timeline", str(tmp_path / "log")]) == 0
-    assert "SchedulingTime" in capsys.readouterr().out
+    ("9999-12-31T23:59:59.5-00:01", None),
+])
+def test_a_time_is_an_instant(timeline, sent, instant):
+    line = line_of(new_event(timestamp=sent))
+    code, out, _ = timeline([line], "--json")
+    assert code == 0 and json.loads(out)["events"][0].get("time") == instant
+    code, out, _ = timeline([line])
+    assert code == 0 and "SchedulingTime" in out
 
 
 def test_a_timeline_reads_compressed_logs_and_stdin(tmp_path):
-    lines = stage_lines("code", *COURSE)
-    (tmp_path / "log.1.gz").write_bytes(gzip.compress(b"".join(lines[:2])))
-    (tmp_path / "log").write_bytes(b"".join(lines[1:3]))
+    (tmp_path / "log.1.gz").write_bytes(gzip.compress(b"".join(LINES[:2])))
+    (tmp_path / "log").write_bytes(b"".join(LINES[1:3]))
     done = subprocess.run([*PROGRAM, "timeline", "log", "-", "log.1.gz"], cwd=tmp_path,
-                          env={**CLEAN, "TZ": "UTC"}, input=b"".join(lines[2:]),
+                          env={**CLEAN, "TZ": "UTC"}, input=b"".join(LINES[2:]),
                           capture_output=True, check=True)
     assert (done.stdout.decode(), done.stderr) == ("code" + STEPS, b"")
 
 
 @pytest.mark.parametrize(("content", "said"), [
-    (gzip.compress(b"".join(stage_lines("code", *COURSE)))[:-60], "ended before"),
+    (gzip.compress(b"".join(LINES))[:-60], "ended before"),
     (b"no gzip\n", "Not a gzipped file"),
-    (gzip.compress(b"")[:10] + b"\xff" * 99, "decompressing")], ids=["cut", "plain", "broken"])
-def test_a_damaged_gz_is_named_and_the_others_are_shown(tmp_path, content, said):
+    (gzip.compress(b"")[:10] + b"\xff" * 99, "decompressing"),
+], ids=["cut", "plain", "broken"])
+def test_a_damaged_gz_is_named_and_the_others_are_shown(timeline, tmp_path, content, said):
     (tmp_path / "old.gz").write_bytes(content)
-    (tmp_path / "log").write_bytes(stage_lines("other", COURSE[0])[0])
-    code, out, err = run("timeline", "old.gz", "log", cwd=tmp_path)
-    assert code == 1 and "other" in out and err.startswith("error: old.gz: ") and said in err
+    code, out, err = timeline(stage_lines("other", COURSE[0]), "old.gz")
+    assert code == 1 and "other" in out
+    assert err.startswith("error: old.gz: ") and said in err
 
 
 @pytest.mark.parametrize(("make", "said"), [
     (os.mkdir, "is a folder; name a log"),
     (os.mkfifo, "is a named pipe; name a log"),
     (lambda path: os.symlink("/dev/zero", path), "is a device; name a log"),
-    (lambda path: None, "there is no such file; name a log")])
+    (lambda path: None, "there is no such file; name a log"),
+])
 def test_what_is_no_log_is_named_with_what_is_wanted(tmp_path, make, said):
     make(tmp_path / "it")
     code, out, err = run("timeline", "it", cwd=tmp_path)
-    assert (code, out) == (2, "") and said in err and err.count("\n") == 1
+    assert (code, out, err.count("\n")) == (2, "", 1) and said in err
 
 
 @pytest.mark.parametrize("flags", [[], ["--follow"]])
-def test_a_log_that_may_not_be_read_is_no_missing_one(tmp_path, monkeypatch, capfd, flags):
+def test_a_log_that_may_not_be_read_is_no_missing_one(in_process, tmp_path, flags):
     (tmp_path / "log").touch(0)
     tmp_path.chmod(0o755)
-    monkeypatch.chdir(tmp_path)
     with as_nobody():
-        assert sw.main(["timeline", *flags, "log"]) == 2
-    assert "error: log: Permission denied; run this as" in capfd.readouterr().err
+        code, _, err = in_process("timeline", *flags, "log")
+    assert code == 2 and "error: log: Permission denied; run this as" in err
 
 
 @pytest.fixture
 def follow(launch, tmp_path):
-    """Return a function that follows logs, and returns the process and a view of its steps."""
-    def follow(*names):
+    """Return a function that follows logs; it returns the process and a count of shown steps."""
+    def start_following(*names):
         with open(tmp_path / "shown", "wb") as shown:
             process = launch(*PROGRAM, "timeline", "--json", "--follow", *names, stdout=shown,
-                            cwd=tmp_path, env=CLEAN)
-        return process, lambda: [len(json.loads(line)["events"]) for line in
-                                 (tmp_path / "shown").read_bytes().splitlines()]
+                             cwd=tmp_path, env=CLEAN)
+        return process, steps
 
-    return follow
+    def steps():
+        """Return the number of steps in each timeline that has been shown so far."""
+        lines = (tmp_path / "shown").read_bytes().splitlines()
+        return [len(json.loads(line)["events"]) for line in lines]
+
+    return start_following
 
 
 def test_a_timeline_follows_the_log_over_its_rotation(follow, tmp_path):
-    log, lines = tmp_path / "events.jsonl", stage_lines("one", *COURSE)
-    log.write_bytes(lines[0])
+    log = tmp_path / "events.jsonl"
+    log.write_bytes(LINES[0])
     process, steps = follow(log)
     assert until(lambda: steps() == [1])
     with open(log, "ab", 0) as file:
-        file.write(lines[1])
+        file.write(LINES[1])
         assert until(lambda: steps() == [1, 2])
-        file.write(lines[2])
+        file.write(LINES[2])
         log.rename(tmp_path / "events.jsonl.1")  # with a line that it has not seen yet
-        log.write_bytes(lines[3])
+        log.write_bytes(LINES[3])
     assert until(lambda: steps()[-1] == 4)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 0
 
 
 def test_a_log_that_is_still_to_come_can_be_followed(follow, tmp_path):
-    lines = stage_lines("one", *COURSE)
-    (tmp_path / "here").write_bytes(lines[0])
+    (tmp_path / "here").write_bytes(LINES[0])
     _, steps = follow("here", "to come")
     assert until(lambda: steps() == [1])
-    (tmp_path / "to come").write_bytes(lines[1])
+    (tmp_path / "to come").write_bytes(LINES[1])
     assert until(lambda: steps() == [1, 2])
 
 
 def test_a_timeline_prints_the_interviews_that_change_alone(follow, tmp_path):
-    old, new = stage_lines("old", *COURSE), stage_lines("new", *COURSE)
-    (tmp_path / "old.gz").write_bytes(gzip.compress(b"".join(old)))
+    new = stage_lines("new", *COURSE)
+    (tmp_path / "old.gz").write_bytes(gzip.compress(b"".join(LINES)))
     (tmp_path / "log").write_bytes(new[0])
     _, steps = follow("old.gz", "log")
     assert until(lambda: steps() == [1, 4])
@@ -5156,29 +5176,27 @@ def test_a_timeline_prints_the_interviews_that_change_alone(follow, tmp_path):
 
 
 def test_following_what_cannot_grow_ends_at_its_end(follow, tmp_path):
-    (tmp_path / "old.gz").write_bytes(gzip.compress(stage_lines("one", COURSE[0])[0]))
+    (tmp_path / "old.gz").write_bytes(gzip.compress(LINES[0]))
     process, steps = follow("old.gz")
     assert process.wait(30) == 0 and steps() == [1]
 
 
-def test_a_timeline_that_follows_ends_with_0_at_sigterm(launch, tmp_path):
-    (tmp_path / "log").write_bytes(b"".join(stage_lines("code", COURSE[0])))
-    words = [*PROGRAM, "timeline", "--follow", str(tmp_path / "log")]
-    process = launch(*words, stdout=subprocess.PIPE, env=CLEAN)
-    with process.stdout:
-        assert process.stdout.readline() == b"code\n"
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+def test_a_timeline_that_follows_ends_with_0_at_sigterm(follow, tmp_path):
+    (tmp_path / "log").write_bytes(LINES[0])
+    process, steps = follow("log")
+    assert until(lambda: steps() == [1])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
 
 
-def test_a_timeline_that_nobody_reads_on_ends_with_0(tmp_path):
+def test_a_timeline_that_nobody_reads_on_ends_with_0(launch, tmp_path):
     lines = [stage_lines(f"code {number}", COURSE[0])[0] for number in range(2000)]
     (tmp_path / "log").write_bytes(b"".join(lines))
-    words = [*PROGRAM, "timeline", str(tmp_path / "log")]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=CLEAN) as process:
-        process.stdout.readline()
-        process.stdout.close()
-        assert process.stderr.read() == b"" and process.wait(30) == 0
+    process = launch(*PROGRAM, "timeline", tmp_path / "log", env=CLEAN,
+                     stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(30) == 0
 
 
 MEASURE = """
@@ -5195,34 +5213,36 @@ print(alone, time.process_time() - begun - alone, int(peak) * 1024, file=sys.std
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux' /proc")
-def test_a_timeline_takes_8_times_json_s_time_and_400_bytes_an_event(tmp_path):
+def test_a_timeline_takes_8_times_json_s_time_and_400_bytes(tmp_path):
     def usage(count):
+        """Return what so many events take: json's and the timeline's seconds, and its bytes."""
         (tmp_path / "log").write_bytes(b"".join(line_of(new_event()) for _ in range(count)))
         words = [sys.executable, "-c", MEASURE, tmp_path / "log"]
         plain = {**CLEAN, "PYTHONDEVMODE": ""}  # it would be measured, too
         done = subprocess.run(words, cwd=HERE, env=plain, capture_output=True, check=True)
         return map(float, done.stderr.split())
 
-    (few_alone, few_seconds, few_bytes), (alone, seconds, size) = usage(10_000), usage(40_000)
+    few_alone, few_seconds, few_bytes = usage(10_000)
+    alone, seconds, size = usage(40_000)
     assert seconds - few_seconds < 8 * (alone - few_alone)
     assert size - few_bytes < 30_000 * 400
 
 
-@pytest.mark.parametrize(("environment", "coloured"), [
-    ({}, True),
-    ({"NO_COLOR": "1"}, False),
-    ({"TERM": "dumb"}, False)], ids=str)
-def test_a_timeline_on_a_terminal_is_as_wide_and_coloured(launch, tmp_path, environment, coloured):
-    (tmp_path / "log").write_bytes(stage_lines("code", COURSE[0])[0])
+@pytest.mark.parametrize(("environment", "begin", "end"), [
+    ({}, "\x1b[36m", "\x1b[0m"),
+    ({"NO_COLOR": "1"}, "", ""),
+    ({"TERM": "dumb"}, "", ""),
+], ids=str)
+def test_a_timeline_on_a_terminal_is_as_wide_and_coloured(launch, tmp_path, environment, begin, end):
+    (tmp_path / "log").write_bytes(LINES[0])
     ours, its = os.openpty()
     environment = {**CLEAN, "TZ": "UTC", "TERM": "xterm", "COLUMNS": "40", **environment}
     process = launch(*PROGRAM, "timeline", tmp_path / "log", stdout=its, env=environment)
     assert process.wait(30) == 0
     shown = os.read(ours, 10_000).decode().splitlines()[1]
-    begin, end = ("\x1b[36m", "\x1b[0m") if coloured else ("", "")
-    assert shown == f"{begin}  2026-11-24 10:00:00  SchedulingTime   {end}"
     os.close(ours)
     os.close(its)
+    assert shown == f"{begin}  2026-11-24 10:00:00  SchedulingTime   {end}"
 
 
 # --- Settings and the command line ---
