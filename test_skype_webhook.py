@@ -4052,6 +4052,25 @@ def test_sixteen_viewers_take_no_place_and_delay_no_end(serve):
         assert server.stop() == 0 and time.monotonic() - begun < 10
 
 
+def test_a_stop_ends_a_stream_in_order(serve):
+    server = serve(SKYPE_VIEW_PASSWORD=PASSWORD)
+    with Stream(server.port) as stream:
+        assert stream.status == 200
+        server.process.terminate()
+        assert stream.file.read() == b""  # up to the closure alert of TLS: else this raises
+    assert server.process.wait(40) == 0
+
+
+def test_a_stop_waits_for_no_viewer_that_takes_nothing(serve):
+    server = serve(SKYPE_VIEW_PASSWORD=PASSWORD, limits={"VIEW_BYTES": 2**25})
+    # More than the kernel takes for it.
+    server.log.write_bytes(b"".join(numbered_line(number, 2**20)[1] for number in range(20)))
+    with Stream(server.port) as stream:
+        assert stream.status == 200
+        begun = time.monotonic()
+        assert server.stop() == 0 and time.monotonic() - begun < 5
+
+
 def test_a_viewer_that_takes_nothing_loses_its_place(serve):
     server = serve("--request-timeout", "0.5", SKYPE_VIEW_PASSWORD=PASSWORD,
                    limits={"VIEWERS": 1, "VIEW_BYTES": 2**25})
@@ -5070,6 +5089,12 @@ def test_events_of_one_instant_are_0_seconds_apart(timeline):
     lines = stage_lines("code", ("A", "B", 0, 0), ("B", "C", 0, 1))
     shown = json.loads(timeline(lines, "--json")[1])
     assert [step.get("seconds") for step in shown["events"]] == [0.0, None]
+
+
+def test_a_stage_that_comes_twice_is_shown_twice(timeline):
+    lines = stage_lines("code", ("A", "B", 0, 0), ("B", "A", 1, 1), ("A", "B", 2, 2))
+    shown = json.loads(timeline(lines, "--json")[1])
+    assert [step["stage"] for step in shown["events"]] == ["B", "A", "B"]
 
 
 def test_the_deepest_event_is_in_the_timeline(timeline):
