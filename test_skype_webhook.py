@@ -3203,7 +3203,7 @@ def test_a_certificate_that_vanishes_at_a_load_changes_nothing(serve, tmp_path):
     assert server.deliver(new_event())[0] == 200
 
 
-# Each row: the first and the last day of a certificate, and what the warning says, in the words of any OpenSSL.
+# Each row: the first and the last day of a certificate, and the warning as any OpenSSL words it.
 @pytest.mark.parametrize(("begin", "end", "said"), [
     ("20200101", "20200102", "certificate has expired; senders refuse it, so renew it"),
     ("20400101", "20400102", "certificate is not yet valid.*; look at this machine's clock first"),
@@ -3245,12 +3245,14 @@ def authority(tmp_path_factory):
     ("der.pem", "leaf.key", "openssl converts other formats"),
 ])
 def test_a_pair_that_cannot_be_served_says_why(authority, cert, key, said):
+    pair = (str(authority / cert), str(authority / key))
     if cert == "sha1.pem":
-        with contextlib.suppress(ssl.SSLError):  # 3.0 refuses it; older and the newest versions leave that to the peer
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(authority / cert, authority / key)
+        # 3.0 refuses it; older and the newest versions leave that to the peer.
+        with contextlib.suppress(ssl.SSLError):
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*pair)
             pytest.skip("this OpenSSL serves SHA-1")
     with pytest.raises(sw.SettingsError) as caught:
-        sw.load_context(str(authority / cert), str(authority / key))
+        sw.load_context(*pair)
     assert said in str(caught.value) and cert in str(caught.value)
 
 
@@ -5868,6 +5870,13 @@ def test_a_proxy_that_ends_tls_is_believed_about_the_address(serve, launch, cert
     assert server.stderr().count(" 127.0.0.1 recorded ") == 3
 
 
+def speaks_tls(port):
+    """Return whether a port of ours speaks TLS."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 30) as raw:
+        with ssl._create_unverified_context().wrap_socket(raw, server_hostname="localhost"):
+            return True
+
+
 def test_caddy_hands_deliveries_on_by_one_line(serve, launch, tmp_path):
     program("caddy")
     server, port, said = serve("--behind-proxy"), free_port(), tmp_path / "said"
@@ -5875,17 +5884,12 @@ def test_caddy_hands_deliveries_on_by_one_line(serve, launch, tmp_path):
         "your.host": f"https://localhost:{port}",
         "127.0.0.1:8443": f"127.0.0.1:{server.port}",
     })
+    # Without programs to have itself trusted by.
+    environment = {**CLEAN, "HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path), "PATH": ""}
     with open(said, "wb") as lines:
-        folders = {"HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)}
-        launch(*words.split(), "--internal-certs", stdout=lines, stderr=lines,
-               env={**CLEAN, **folders, "PATH": ""})  # without programs to have itself trusted by
-
-    def speaks_tls():  # some time after it has obtained its certificate
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 30) as raw:
-            with ssl._create_unverified_context().wrap_socket(raw, server_hostname="localhost"):
-                return True
-
-    assert until(lambda: speaks_tls() or "listening on :80" in said.read_text())
+        launch(*words.split(), "--internal-certs", stdout=lines, stderr=lines, env=environment)
+    # It does so some time after it has obtained its certificate.
+    assert until(lambda: speaks_tls(port) or "listening on :80" in said.read_text())
     if "listening on :80" in said.read_text():
         pytest.skip("port 80, which Caddy needs too, is taken")
     assert stores_at(port)
