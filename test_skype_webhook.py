@@ -1284,14 +1284,6 @@ def test_one_event_by_64_threads_is_written_once(log, journal):
     assert len(log.read_bytes().splitlines()) == 20
 
 
-def test_ids_are_remembered_over_a_restart(log):
-    with sw.Journal(log) as journal:
-        assert all(journal.append(*numbered_line(number, 5000)) for number in range(500))
-    with sw.Journal(log) as journal:
-        assert not any(journal.append(*numbered_line(number, 5000)) for number in range(500))
-        assert journal.append(*numbered_line(500))
-
-
 def test_the_last_65_536_ids_are_remembered_and_older_ones_not(log):
     start = b'{"specversion":"1.0","id":"%064x","source":"https://interviews.skype.com"}\n'
     log.write_bytes(b"".join(start % number for number in range(65_537)))
