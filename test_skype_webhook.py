@@ -277,6 +277,10 @@ class Server:
         _, hard = resource.prlimit(self.process.pid, kind)
         resource.prlimit(self.process.pid, kind, (hard if size is None else size, hard))
 
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
     def stop(self):
         """Send SIGTERM; return the exit code."""
         if self.process.poll() is None:
@@ -295,8 +299,7 @@ def serve(tmp_path, certificate):
 
     yield serve_one
     for server in servers:
-        server.process.kill()
-        server.process.wait()
+        server.kill()
 
 
 @pytest.fixture(scope="module")
@@ -304,8 +307,7 @@ def shared(tmp_path_factory, certificate):
     """A receiver that all tests share which leave it as it was."""
     server = Server(tmp_path_factory.mktemp("shared"), certificate)
     yield server
-    server.process.kill()
-    server.process.wait()
+    server.kill()
 
 
 @contextlib.contextmanager
@@ -1901,45 +1903,53 @@ def test_whatever_a_crash_leaves_is_mended_and_nothing_lost(monkeypatch):
 # --- The journal of a running receiver: kills, full disks, calls that fail ---
 
 
-def test_sigkill_under_load_loses_and_doubles_nothing_and_tail_shows_it_once(serve, launch, tmp_path):
-    acknowledged = []
+def deliver_until_killed(server, acknowledged):
+    """Deliver over one connection after another, and note the ids of what was acknowledged."""
+    with contextlib.suppress(OSError, ValueError, AssertionError):
+        while True:
+            with Peer(server.port, timeout=5) as peer:
+                for size in [0] * 19 + [200_000]:  # a write that takes long enough to be torn
+                    body = new_event(metadata="x" * size)
+                    if peer.ask(post(body)) != 200:
+                        return
+                    acknowledged.append(sha256(body))
 
-    def send():
-        with contextlib.suppress(OSError, ValueError, AssertionError):
-            while True:
-                with Peer(server.port, timeout=5) as peer:
-                    for number in range(20):
-                        body = new_event(metadata="x" * 200_000 * (number == 19))  # a write that takes long enough to be torn
-                        peer.send(post(body))
-                        if peer.answer()[0] != 200:
-                            return
-                        acknowledged.append(sha256(body))
 
-    (tmp_path / "events.jsonl").touch(0o600)
-    with open(tmp_path / "seen", "wb") as seen, open(tmp_path / "said", "wb") as said:
-        launch("tail", "-n", "+1", "-F", tmp_path / "events.jsonl", stdout=seen, stderr=said)
+def test_sigkill_under_load_loses_nothing_and_tail_shows_it(serve, launch, tmp_path):
+    log, seen, said = (tmp_path / name for name in ("events.jsonl", "seen", "said"))
+    log.touch(0o600)
+    with open(seen, "wb") as out, open(said, "wb") as err:
+        launch("tail", "-n", "+1", "-F", log, stdout=out, stderr=err)
+    acknowledged, last = [], new_event()
     for _ in range(4):
         server = serve()
-        senders = gather(8, send)
+        senders = gather(8, functools.partial(deliver_until_killed, server, acknowledged))
         grows(acknowledged, 100)
-        server.process.kill()
-        server.process.wait()
+        server.kill()
         for sender in senders:
             sender.join()
+
     server = serve()
-    assert server.deliver(last := new_event())[0] == 200 and server.stop() == 0
+    assert server.deliver(last)[0] == 200 and server.stop() == 0
+    assert until(lambda: sha256(last).encode() in seen.read_bytes()[-1000:])
     ids = server.ids()
-    assert until(lambda: sha256(last).encode() in (tmp_path / "seen").read_bytes()[-1000:])
     assert len(ids) == len(set(ids)) and set(acknowledged) <= set(ids)
-    shown = re.findall(rb'^{"specversion":"1.0","id":"(\w+)".*}$', (tmp_path / "seen").read_bytes(), re.M)  # a torn line ends in spaces
-    assert sorted(shown) == sorted(map(str.encode, ids)) and not (tmp_path / "said").read_bytes()
+    whole = r'^{"specversion":"1.0","id":"(\w+)".*}$'  # a torn line ends in spaces
+    shown = re.findall(whole, seen.read_text("utf-8"), re.MULTILINE)
+    assert sorted(shown) == sorted(ids) and not said.read_bytes()
 
 
-# Each row: the system call at which the process is killed, and what becomes of the event when it is sent again. The event is written
-# short (a limit), then blanked from the end of its last page, ended and synced: the calls 2 to 5.
+# Each row: the system call at which the process is killed, whether the event is written short (by a
+# limit), and what becomes of it when it is sent again. A short one is then blanked from the end of
+# its last page, ended and synced: the calls 2 to 5.
 @pytest.mark.parametrize(("call", "short", "outcome"), [
-    ("write:signal=SIGKILL:when=1", False, "recorded"), ("fdatasync:signal=SIGKILL:when=1", False, "duplicate"),
-    *((f"write:signal=SIGKILL:when={number}", True, "recorded") for number in range(2, 6))], ids=str)
+    ("write:signal=SIGKILL:when=1", False, "recorded"),
+    ("fdatasync:signal=SIGKILL:when=1", False, "duplicate"),
+    ("write:signal=SIGKILL:when=2", True, "recorded"),
+    ("write:signal=SIGKILL:when=3", True, "recorded"),
+    ("write:signal=SIGKILL:when=4", True, "recorded"),
+    ("write:signal=SIGKILL:when=5", True, "recorded"),
+])
 def test_a_kill_at_any_step_leaves_whole_lines(serve, call, short, outcome):
     server, body = serve(), new_event(metadata="x" * 20_000)
     assert server.deliver(new_event())[0] == 200
@@ -1951,6 +1961,7 @@ def test_a_kill_at_any_step_leaves_whole_lines(serve, call, short, outcome):
     torn = server.log.read_bytes()[len(before):]
     assert len(torn) == 9000 or not short
     assert torn.endswith(b"\n") == (outcome == "duplicate")
+
     server = serve()
     assert ("sealed" in server.stderr()) == short
     assert server.becomes(body) == outcome
@@ -1958,12 +1969,12 @@ def test_a_kill_at_any_step_leaves_whole_lines(serve, call, short, outcome):
 
 
 def test_a_full_disk_is_503_until_there_is_space(serve):
-    server = serve()
+    server, refused = serve(), new_event(metadata="x" * 3000)
     server.limit("FSIZE", 2000)
     answers = [server.deliver(new_event()) for _ in range(8)]
-    taken = [status for status, _, _ in answers].index(503)
-    assert [status for status, _, _ in answers] == [200] * taken + [503] * (8 - taken) and answers[-1][1]["retry-after"]
-    refused = new_event(metadata="x" * 3000)
+    statuses = [status for status, _, _ in answers]
+    taken = statuses.index(503)
+    assert statuses == [200] * taken + [503] * (8 - taken) and answers[-1][1]["retry-after"]
     assert server.deliver(refused)[0] == 503
     with Peer(server.port) as peer:
         assert peer.ask(HEALTH) == 503
@@ -1973,41 +1984,45 @@ def test_a_full_disk_is_503_until_there_is_space(serve):
     assert len(server.ids()) == taken + 1 and server.stop() == 0
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() or not shutil.which("mount"), reason="mounts a small file system")
-def test_a_disk_that_something_else_fills_is_503_until_it_is_freed_even_over_a_restart(serve, tmp_path):
-    disk, bodies = tmp_path / "disk", [new_event(pad="x" * 3000) for _ in range(8)]
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0 or not shutil.which("mount"):
+        pytest.skip("mounts a small file system")
+    disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=True)
-    try:
-        server = serve("--log", str(disk / "log"))
-        assert server.deliver(bodies[0])[0] == 200
-        with contextlib.suppress(OSError), open(disk / "filler", "wb", 0) as filler:
-            while True:
-                filler.write(b"x" * 4096)
-        assert [server.deliver(body)[0] for body in bodies[1:4]] == [503] * 3
-        server.process.kill()  # what a short write left has no newline: there was no room for it
-        server.process.wait()
-        assert not (disk / "log").read_bytes().endswith(b"\n")
-        server = serve("--log", str(disk / "log"))
-        assert "No space left" in server.stderr()
-        with Peer(server.port) as peer:
-            assert [peer.ask(request) for request in (HEALTH, post(bodies[4]))] == [503, 503]
-            (disk / "filler").unlink()
-            assert peer.ask(HEALTH) == 200
-        assert [server.becomes(body) for body in bodies] == ["duplicate"] + ["recorded"] * 7
-        assert server.stop() == 0
-        server.log = disk / "log"
-        assert len(server.ids()) == len(bodies)
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("call", ["write:error=ENOSPC", "write:error=EDQUOT", "write:error=EIO", "write:error=EROFS"])
-def test_a_write_that_fails_is_503_and_needs_no_restart(serve, call):
+def test_a_full_disk_is_503_until_it_is_freed_over_a_restart(serve, small_disk):
+    bodies = [new_event(pad="x" * 3000) for _ in range(8)]
+    log, filler = small_disk / "log", small_disk / "filler"
+    server = serve("--log", log)
+    assert server.deliver(bodies[0])[0] == 200
+    with contextlib.suppress(OSError), open(filler, "wb", 0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    assert [server.deliver(body)[0] for body in bodies[1:4]] == [503] * 3
+    server.kill()
+    assert not log.read_bytes().endswith(b"\n")  # there was no room to end what a short write left
+    server = serve("--log", log)
+    assert "No space left" in server.stderr()
+    with Peer(server.port) as peer:
+        assert [peer.ask(request) for request in (HEALTH, post(bodies[4]))] == [503, 503]
+        filler.unlink()
+        assert peer.ask(HEALTH) == 200
+    assert [server.becomes(body) for body in bodies] == ["duplicate"] + ["recorded"] * 7
+    assert server.stop() == 0 and len(ids_in(log)) == len(bodies)
+
+
+@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EIO", "EROFS"])
+def test_a_write_that_fails_is_503_and_needs_no_restart(serve, code):
     server, refused = serve(), new_event()
     assert server.deliver(new_event())[0] == 200
     with Peer(server.port) as peer:
-        with faulty(server, call):
+        with faulty(server, f"write:error={code}"):
             assert [server.deliver(refused)[0] for _ in range(2)] == [503] * 2
             assert peer.ask(HEALTH) == 503
         assert peer.ask(HEALTH) == 200
@@ -2018,25 +2033,30 @@ def test_a_write_that_fails_is_503_and_needs_no_restart(serve, call):
 def test_a_rotated_log_whose_close_fails_holds_nothing_up(serve):
     server = serve()
     assert server.deliver(new_event())[0] == 200
-    server.log.rename(old := server.log.with_suffix(".1"))
+    old = server.log.rename(server.log.with_suffix(".1"))
     with faulty(server, "close:error=EIO", old):
         assert [server.deliver(new_event())[0] for _ in range(2)] == [200, 200]
     assert server.deliver(new_event())[0] == 200
     assert (len(ids_in(old)), len(server.ids()), server.stop()) == (1, 3, 0)
 
 
-@pytest.mark.parametrize("limits", [{"STORE_SECONDS": 1}, {"ANSWER_SECONDS": 1}], ids=str)
-def test_an_event_that_is_not_stored_in_time_is_503_and_a_duplicate_once_it_has_landed(serve, limits):
-    server, late = serve(limits=limits), new_event()
+@pytest.mark.parametrize("limit", ["STORE_SECONDS", "ANSWER_SECONDS"])
+def test_an_event_that_is_stored_late_is_503_then_a_duplicate(serve, limit):
+    server, late = serve(limits={limit: 1}), new_event()
     with Peer(server.port) as peer:
         with faulty(server, "fdatasync:delay_enter=15000000:when=1"):
             assert peer.ask(post(late)) == 503
         assert until(lambda: peer.ask(HEALTH) == 200) and server.becomes(late) == "duplicate"
 
 
-# Each row: the rule that makes a sync fail, and whether the log is rotated before (to a file that logrotate has made).
-@pytest.mark.parametrize(("call", "rotated"), [("fdatasync:error=EIO", False), ("fdatasync:error=EIO:when=1", False),
-                                               ("fdatasync:error=ENOSPC:when=1", True), ("fsync:error=EIO:when=1", True)], ids=str)
+# Each row: the rule that makes a sync fail, and whether the log is rotated before it, to a file
+# that logrotate has made.
+@pytest.mark.parametrize(("call", "rotated"), [
+    ("fdatasync:error=EIO", False),
+    ("fdatasync:error=EIO:when=1", False),
+    ("fdatasync:error=ENOSPC:when=1", True),
+    ("fsync:error=EIO:when=1", True),
+])
 def test_a_sync_that_fails_ends_the_process_and_stores_nothing(serve, call, rotated):
     server, refused = serve(limits={"STOP_GRACE": 0.1}), new_event()
     with Peer(server.port) as idle, Peer(server.port) as sender:
