@@ -451,7 +451,9 @@ def outcome_of(port, body, secret):
 @contextlib.contextmanager
 def delivering(port, threads=6, secret=lambda: SECRET, tries=1):
     """Deliver new events; yield the ids of those acknowledged, and what became of the others."""
-    acknowledged, refused, over = [], [], threading.Event()
+    acknowledged = []
+    refused = []
+    over = threading.Event()
 
     def send():
         while not over.wait(0.01):
@@ -692,7 +694,8 @@ def test_one_change_is_refused(attack):
 
 def test_one_change_is_refused_over_tls(shared):
     for attack, (change, word) in ATTACKS.items():
-        body, before = new_event(), shared.log.read_bytes()
+        body = new_event()
+        before = shared.log.read_bytes()
         authorization = change(token_of(body), body, int(time.time()))
         lines = ["POST / HTTP/1.1", "Host: x", f"Content-Length: {len(body)}"]
         if authorization is not None:
@@ -955,7 +958,8 @@ def test_a_reader_reads_on_behind_odd_bodies(odd_log, reader):
 @pytest.mark.parametrize("piece", [
     b'\\"', b"[],", b"[", b'"[",', b'"",', b"\\\\", b"[" * 64 + b"]" * 64 + b","], ids=repr)
 def test_what_costs_most_to_look_through_takes_no_second(piece):
-    body, begun = b'{"a":["' + piece * (2**20 // len(piece)), time.monotonic()
+    body = b'{"a":["' + piece * (2**20 // len(piece))
+    begun = time.monotonic()
     sw.parse_event(body)
     sw.parse_event(body.replace(b'["', b"[", 1))
     assert time.monotonic() - begun < 2
@@ -1198,7 +1202,8 @@ def mutate(rng, data):
     words = [match.span() for match in re.finditer(rb'"[^"]*"|\d+|\S', data)]
     begin, end = rng.choice([(begin, begin + rng.randrange(1, 12)), rng.choice(words)])
     before, cut, after = data[:begin], data[begin:end], data[end:]
-    rest, piece = before + after, rng.choice(PIECES)
+    rest = before + after
+    piece = rng.choice(PIECES)
     flipped = bytes([data[begin] ^ (1 << rng.randrange(8))])
     return rng.choice((
         before + flipped + data[begin + 1:],
@@ -1212,7 +1217,8 @@ def mutate(rng, data):
 
 def mutants(count):
     """Yield what has changed, token and body of `count` deliveries that differ from a good one."""
-    rng, good = random.Random(7515), new_event(interviewCode="1c519c56")
+    rng = random.Random(7515)
+    good = new_event(interviewCode="1c519c56")
     places = ("header", "payload", "payload", "token", "body", "signed body", "signed body")
     for _, what in zip(range(count), itertools.cycle(places)):
         body = mutate(rng, good) if what.endswith("body") else good
@@ -1252,7 +1258,8 @@ def test_mutants_of_a_body_are_recorded_as_the_contract_says():
         if fit:
             data = b'"data":' + body.replace(b"\r", b" ").replace(b"\n", b" ")
         media_type = OCTETS if value is OCTETS else JSON
-        recorded, end = line_of(body), f'Z","datacontenttype":"{media_type}",'.encode() + data
+        recorded = line_of(body)
+        end = f'Z","datacontenttype":"{media_type}",'.encode() + data
         assert recorded.endswith(end + b"}\n") and recorded.count(b"\n") == 1, body
         assert json.loads(recorded, parse_int=float)["id"] == sha256(body), body
         kept[media_type, fit] += 1
@@ -1284,7 +1291,8 @@ OTHER_LINE = WHOLE_LINE.replace(b"https://interviews.skype.com", b"https://examp
 
 
 def test_one_event_by_64_threads_is_written_once(log, journal):
-    together, results = threading.Barrier(64), []
+    together = threading.Barrier(64)
+    results = []
 
     def append():
         together.wait()
@@ -1504,7 +1512,8 @@ def cut_writes(monkeypatch, size):
 
 
 def test_what_others_wrote_over_a_refused_batch_stays(log, monkeypatch, journal):
-    refused, others = numbered_line(1, 20_000), b"x" * 9000
+    refused = numbered_line(1, 20_000)
+    others = b"x" * 9000
     assert journal.append(*numbered_line(0))
     cut_writes(monkeypatch, 9000)
     monkeypatch.setattr(sw.LogFile, "mend", fails(IO_ERROR))  # it cannot be blanked now
@@ -1838,7 +1847,8 @@ def test_what_is_pending_is_written_before_the_end(log, journal, stall):
 
 def test_an_append_that_gave_up_keeps_nobody_asleep(journal, stall):
     syncing, go_on = stall
-    results, numbers = [], iter(range(2, 12))
+    results = []
+    numbers = iter(range(2, 12))
     threads = gather(1, lambda: results.append(journal.append(*numbered_line(0))))
     assert syncing.wait(30)
     with pytest.raises(sw.JournalError, match="within"):
@@ -1872,7 +1882,8 @@ def test_an_append_that_close_waits_no_longer_for_can_still_land(log, journal, s
 
 
 def test_what_waited_for_a_sync_that_failed_is_refused_too(log, monkeypatch):
-    go_on, syncs = threading.Event(), []
+    go_on = threading.Event()
+    syncs = []
 
     def fail_once(_):
         syncs.append(go_on.wait(60))
@@ -1914,16 +1925,26 @@ def test_whatever_a_crash_leaves_is_mended_and_nothing_lost(monkeypatch):
 # --- The journal of a running receiver: kills, full disks, calls that fail ---
 
 
-def deliver_until_killed(server, acknowledged):
-    """Deliver over one connection after another, and note the ids of what was acknowledged."""
-    with contextlib.suppress(OSError, ValueError, AssertionError):
-        while True:
-            with Peer(server.port, timeout=5) as peer:
-                for size in [0] * 19 + [200_000]:  # a write that takes long enough to be torn
-                    body = new_event(metadata="x" * size)
-                    if peer.ask(post(body)) != 200:
-                        return
-                    acknowledged.append(sha256(body))
+def kill_under_load(server):
+    """Kill a receiver amid deliveries; return the ids of what it has acknowledged."""
+    acknowledged = []
+
+    def send():
+        with contextlib.suppress(OSError, ValueError, AssertionError):
+            while True:
+                with Peer(server.port, timeout=5) as peer:
+                    for size in [0] * 19 + [200_000]:  # a write that takes long enough to be torn
+                        body = new_event(metadata="x" * size)
+                        if peer.ask(post(body)) != 200:
+                            return
+                        acknowledged.append(sha256(body))
+
+    senders = gather(8, send)
+    grows(acknowledged, 100)
+    server.kill()
+    for sender in senders:
+        sender.join()
+    return acknowledged
 
 
 def test_sigkill_under_load_loses_nothing_and_tail_shows_it(serve, launch, tmp_path):
@@ -1931,16 +1952,10 @@ def test_sigkill_under_load_loses_nothing_and_tail_shows_it(serve, launch, tmp_p
     log.touch(0o600)
     with open(seen, "wb") as out, open(said, "wb") as err:
         launch("tail", "-n", "+1", "-F", log, stdout=out, stderr=err)
-    acknowledged, last = [], new_event()
-    for _ in range(4):
-        server = serve()
-        senders = gather(8, functools.partial(deliver_until_killed, server, acknowledged))
-        grows(acknowledged, 100)
-        server.kill()
-        for sender in senders:
-            sender.join()
+    acknowledged = [event_id for _ in range(4) for event_id in kill_under_load(serve())]
 
     server = serve()
+    last = new_event()
     assert server.deliver(last)[0] == 200 and server.stop() == 0
     assert until(lambda: sha256(last).encode() in seen.read_bytes()[-1000:])
     ids = server.ids()
@@ -1962,7 +1977,8 @@ def test_sigkill_under_load_loses_nothing_and_tail_shows_it(serve, launch, tmp_p
     ("write:signal=SIGKILL:when=5", True, "recorded"),
 ])
 def test_a_kill_at_any_step_leaves_whole_lines(serve, call, short, outcome):
-    server, body = serve(), new_event(metadata="x" * 20_000)
+    server = serve()
+    body = new_event(metadata="x" * 20_000)
     assert server.deliver(new_event())[0] == 200
     before = server.log.read_bytes()
     if short:
@@ -1980,7 +1996,8 @@ def test_a_kill_at_any_step_leaves_whole_lines(serve, call, short, outcome):
 
 
 def test_a_full_disk_is_503_until_there_is_space(serve):
-    server, refused = serve(), new_event(metadata="x" * 3000)
+    server = serve()
+    refused = new_event(metadata="x" * 3000)
     server.limit("FSIZE", 2000)
     answers = [server.deliver(new_event()) for _ in range(8)]
     statuses = [status for status, _, _ in answers]
@@ -2030,7 +2047,8 @@ def test_a_full_disk_is_503_until_it_is_freed_over_a_restart(serve, small_disk):
 
 @pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EIO", "EROFS"])
 def test_a_write_that_fails_is_503_and_needs_no_restart(serve, code):
-    server, refused = serve(), new_event()
+    server = serve()
+    refused = new_event()
     assert server.deliver(new_event())[0] == 200
     with Peer(server.port) as peer:
         with faulty(server, f"write:error={code}"):
@@ -2053,7 +2071,8 @@ def test_a_rotated_log_whose_close_fails_holds_nothing_up(serve):
 
 @pytest.mark.parametrize("limit", ["STORE_SECONDS", "ANSWER_SECONDS"])
 def test_an_event_that_is_stored_late_is_503_then_a_duplicate(serve, limit):
-    server, late = serve(limits={limit: 1}), new_event()
+    server = serve(limits={limit: 1})
+    late = new_event()
     with Peer(server.port) as peer:
         with faulty(server, "fdatasync:delay_enter=15000000:when=1"):
             assert peer.ask(post(late)) == 503
@@ -2069,7 +2088,8 @@ def test_an_event_that_is_stored_late_is_503_then_a_duplicate(serve, limit):
     ("fsync:error=EIO:when=1", True),
 ])
 def test_a_sync_that_fails_ends_the_process_and_stores_nothing(serve, call, rotated):
-    server, refused = serve(limits={"STOP_GRACE": 0.1}), new_event()
+    server = serve(limits={"STOP_GRACE": 0.1})
+    refused = new_event()
     with Peer(server.port) as idle, Peer(server.port) as sender:
         assert idle.ask(post(new_event())) == sender.ask(post(new_event())) == 200
         if rotated:
@@ -2358,7 +2378,8 @@ def test_a_body_may_be_as_long_as_the_cap(shared, size, due, chunks):
 
 @pytest.mark.parametrize(("size", "due"), [(1000, 200), (1001, 413)])
 def test_the_framing_of_a_body_may_be_as_long_as_the_cap(serve, size, due):
-    server, body = serve("--max-body", "1000"), new_event()
+    server = serve("--max-body", "1000")
+    body = new_event()
     first = b"%x" % len(body)
     last = b"0;" + b"a" * (size - len(first) - len("\r\n" * 4) - len("0;"))
     with Peer(server.port) as peer:
@@ -2366,7 +2387,8 @@ def test_the_framing_of_a_body_may_be_as_long_as_the_cap(serve, size, due):
 
 
 def seconds_of_an_answer(peer):
-    begun, body = time.monotonic(), new_event()
+    begun = time.monotonic()
+    body = new_event()
     peer.send(post(body)[:-len(body)])
     assert peer.ask(body) == 200
     return time.monotonic() - begun
@@ -2604,7 +2626,8 @@ def test_a_half_closed_sender_is_answered(shared):
 
 
 def test_mute_peers_keep_nobody_waiting(serve):
-    server, peers = serve("--request-timeout", "60"), []
+    server = serve("--request-timeout", "60")
+    peers = []
     for number in range(600):
         peers.append(socket.create_connection(("127.0.0.1", server.port)))
         if number % 2:
@@ -2654,7 +2677,8 @@ def drip_by_drip(server, stage, first, more):
 
 
 def test_drip_by_drip_every_stage_has_the_same_time_in_all(serve):
-    server, pieces = serve("--request-timeout", "2"), drip_stages()
+    server = serve("--request-timeout", "2")
+    pieces = drip_stages()
     with concurrent.futures.ThreadPoolExecutor(len(pieces)) as pool:
         drips = {stage: pool.submit(drip_by_drip, server, stage, *each)
                  for stage, each in pieces.items()}
@@ -2760,7 +2784,8 @@ def storing(server, seconds):
 
 
 def test_a_flood_evicts_its_oldest_but_nobody_who_stores(serve):
-    server, flood = serve("--max-connections", "4", "--request-timeout", "60"), []
+    server = serve("--max-connections", "4", "--request-timeout", "60")
+    flood = []
     with storing(server, 1) as sender:
         for number in range(12):
             flood += connect(server, 1)
@@ -2869,7 +2894,9 @@ def deliver_two_and_stop(port, answers):
 
 
 def test_large_events_are_parsed_one_at_a_time(tmp_path, monkeypatch):
-    parse, port, answers = sw.parse_event, free_port(), []
+    parse = sw.parse_event
+    port = free_port()
+    answers = []
 
     def parse_slowly(body):
         time.sleep(0.3)
@@ -2961,7 +2988,8 @@ def client_hello():
 
 
 def test_a_reset_behind_a_client_hello_costs_no_handshake(serve):
-    server, hello = serve(), client_hello()
+    server = serve()
+    hello = client_hello()
     stat, folder = (pathlib.Path(f"/proc/{server.process.pid}/{name}") for name in ("stat", "fd"))
     if not stat.exists():
         pytest.skip("needs Linux' /proc")
@@ -2992,13 +3020,16 @@ def test_without_descriptors_the_longest_waiting_gives_way(serve):
     assert server.deliver(new_event())[0] == 200 and server.stop() == 0
 
 
+def number_in_status(server, name):
+    status = pathlib.Path(f"/proc/{server.process.pid}/status").read_text()
+    return int(re.search(rf"^{name}:\s+(\d+)", status, re.MULTILINE)[1])
+
+
 def test_without_threads_the_longest_waiting_gives_way(serve):
     server = serve("--request-timeout", "60")
-    status = pathlib.Path(f"/proc/{server.process.pid}/status")
 
     def limit_threads():  # no room for one more stack
-        kib = int(re.search(r"VmSize:\s+(\d+) kB", status.read_text())[1])
-        server.limit("AS", kib * 1024 + 4 * 2**20)
+        server.limit("AS", number_in_status(server, "VmSize") * 1024 + 4 * 2**20)
 
     limit_threads()
     mute = connect(server, 1)  # not even this one gets a thread
@@ -3009,7 +3040,7 @@ def test_without_threads_the_longest_waiting_gives_way(serve):
     limit_threads()
     mute += connect(server, 30)
     assert [server.deliver(new_event())[0] for _ in range(4)] == [200] * 4
-    assert int(re.search(r"Threads:\s+(\d+)", status.read_text())[1]) < 10
+    assert number_in_status(server, "Threads") < 10
     for peer in mute:
         peer.close()
     assert server.stop() == 0
@@ -3033,7 +3064,8 @@ def test_sigterm_answers_what_was_sent_whole(serve):
 # Whether the second one has been read by the time that the first is answered.
 @pytest.mark.parametrize("flags", [(), ("--behind-proxy",)], ids=["read", "not read"])
 def test_sigterm_answers_a_second_request_that_had_arrived(serve, flags):
-    server, first = serve(*flags), post(new_event())
+    server = serve(*flags)
+    first = post(new_event())
     if flags:  # all that is read at once, and no more; the body's length has four digits now
         first = post(new_event(pad="x" * (4095 - len(post(new_event(pad=""))))))
         assert len(first) == 4096
