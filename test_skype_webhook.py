@@ -1756,8 +1756,8 @@ def test_a_log_whose_sync_fails_at_the_start_is_refused(log, monkeypatch, call):
 @pytest.mark.parametrize(("owner", "call", "error", "left"), [
     (os, "fdatasync", IO_ERROR, b""),
     (os, "write", MemoryError(), b""),
-    (sw.Journal, "_remember", MemoryError(), WHOLE_LINE.strip()),  # while the batch is settled
-], ids=repr)
+    (sw.Journal, "_remember", MemoryError(), WHOLE_LINE.strip()),
+], ids=["a sync", "a fault", "a fault while a batch is settled"])
 def test_a_sync_that_fails_or_a_fault_is_final(
         log, journal, monkeypatch, owner, call, error, left):
     ended = threading.Event()
