@@ -3020,6 +3020,16 @@ def test_without_descriptors_the_longest_waiting_gives_way(serve):
     assert server.deliver(new_event())[0] == 200 and server.stop() == 0
 
 
+def test_an_accept_that_the_system_forbids_is_told(serve):
+    server = serve()
+    with faulty(server, "accept4:error=EPERM", anywhere=True):
+        with socket.create_connection(("127.0.0.1", server.port)):
+            server.wait_for("cannot accept: Operation not permitted; .*forbid it")
+            assert rests(server)
+    assert server.deliver(new_event())[0] == 200
+    assert server.stop() == 0 and "0 evicted" in server.stderr()
+
+
 def number_in_status(server, name):
     status = pathlib.Path(f"/proc/{server.process.pid}/status").read_text()
     return int(re.search(rf"^{name}:\s+(\d+)", status, re.MULTILINE)[1])
