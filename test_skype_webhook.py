@@ -4898,6 +4898,12 @@ def test_an_answer_that_does_not_end_in_time_is_given_up(
     assert 1 <= time.monotonic() - begun < 5
 
 
+def test_a_deadline_that_is_over_leaves_no_time():
+    assert sw.time_left(time.monotonic() + 9) > 8
+    with pytest.raises(TimeoutError, match="timed out"):
+        sw.time_left(time.monotonic())
+
+
 def test_a_handshake_that_does_not_end_in_time_is_given_up(monkeypatch):
     monkeypatch.setattr(sw, "FETCH_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as mute:
