@@ -3369,7 +3369,8 @@ def make_connection(
 
 def describe_distrust(error: ssl.SSLCertVerificationError) -> str:
     """Return why a certificate was refused, and what to do about that."""
-    advice = "name it by --ca cert.pem, or use --insecure"
+    advice = ("does the server send its full chain? "
+              "Name an authority of your own by --ca FILE, or use --insecure")
     if error.verify_code in X509_WRONG_HOST:
         advice = "use a name that it was issued for, or --insecure"
     elif error.verify_code in (X509_NOT_YET_VALID, X509_EXPIRED):
