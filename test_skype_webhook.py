@@ -833,6 +833,10 @@ def test_a_token_of_8_kib_is_the_longest():
     assert "longer" in refusal("Bearer " + longer)
 
 
+def test_a_refusal_s_text_is_its_status_and_detail():
+    assert str(sw.Rejected(401, "why", ("WWW-Authenticate", "Bearer"))) == "401: why"
+
+
 def test_a_secret_is_not_in_the_text_of_what_holds_it():
     settings = sw.Settings(api_secret="hush", view_password="hush")
     assert "hush" not in repr([sw.Credential(KEY, b"hush"), settings])
@@ -2613,6 +2617,14 @@ def test_pipelined_answers_do_not_wait_for_each_other(shared):
             assert [peer.answer()[0], peer.answer()[0]] == [200, 200]
             pauses.append(time.monotonic() - begun)
     assert sorted(pauses)[20] < 0.03  # with Nagle, 40 ms
+
+
+def test_a_closure_alert_is_answered_by_one_at_once(shared):
+    with Peer(shared.port) as peer:
+        assert peer.ask(HEALTH) == 200
+        begun = time.monotonic()
+        peer.socket.unwrap()  # it waits for the receiver's alert, and keeps the socket open
+        assert time.monotonic() - begun < 5
 
 
 def test_a_half_closed_sender_is_answered(shared):
