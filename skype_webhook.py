@@ -2971,7 +2971,7 @@ class Receiver(socketserver.BaseServer):
 
     # the accepting thread
 
-    def serve_forever(self, poll_interval: float = LOOK_SECONDS) -> None:
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Accept until a stop is asked for; see what is due every `poll_interval` seconds."""
         while not self.stopping:
             for key, _ in self.selector.select(poll_interval):
@@ -3910,7 +3910,7 @@ def run(receiver: Receiver) -> int:
         tell(f"warning: on this system {missing}")
 
     notify("READY=1")
-    receiver.serve_forever()
+    receiver.serve_forever(LOOK_SECONDS)
     notify("STOPPING=1")
     tell("stopping: answering what has been sent")
     receiver.stop()

@@ -2092,7 +2092,7 @@ def test_an_event_that_is_stored_late_is_503_then_a_duplicate(serve, limit):
     ("fsync:error=EIO:when=1", True),
 ])
 def test_a_sync_that_fails_ends_the_process_and_stores_nothing(serve, call, rotated):
-    server = serve(limits={"STOP_GRACE": 0.1})
+    server = serve(limits={"STOP_GRACE": 0.1, "LOOK_SECONDS": 60})
     refused = new_event()
     with Peer(server.port) as idle, Peer(server.port) as sender:
         assert idle.ask(post(new_event())) == sender.ask(post(new_event())) == 200
@@ -4499,6 +4499,11 @@ def test_send_says_what_a_certificate_lacks(serve, tmp_path, begin, end, name, s
 def test_send_says_what_to_look_at_where_nobody_answers(tmp_path, url, said):
     code, out, err = run("send", url, cwd=tmp_path, **OURS)
     assert (code, out, err.count("\n")) == (1, "", 1) and said in err
+
+
+def test_a_silence_is_said_to_be_a_firewall_s_perhaps():
+    said = sw.describe_no_answer(socket.timeout("timed out"))
+    assert said == "timed out; does a firewall keep the port closed?"
 
 
 def test_send_says_that_plain_http_is_spoken_there(serve, tmp_path):
