@@ -4506,6 +4506,12 @@ def test_a_silence_is_said_to_be_a_firewall_s_perhaps():
     assert said == "timed out; does a firewall keep the port closed?"
 
 
+def test_send_delivers_to_the_path_and_query_of_its_url(serve, tmp_path):
+    url = f"https://localhost:{serve('--path', '/hook').port}/hook?a=b"
+    code, out, err = run("send", url, "--insecure", cwd=tmp_path, **OURS)
+    assert (code, out[:9], err) == (0, "recorded ", "")
+
+
 def test_send_says_that_plain_http_is_spoken_there(serve, tmp_path):
     server = serve("--behind-proxy")
     code, out, err = sent_to(server.port, "--insecure", cwd=tmp_path)
