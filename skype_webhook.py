@@ -113,9 +113,9 @@ LARGE_BODY = 32 * 1024        # bytes; larger ones are parsed one at a time. An 
 RECENT_IDS = 65_536           # ids remembered: 5,400 a second for the 12 s that a token is taken
 RECENT_BYTES = 64 * 2**20     # bytes read back at start, whatever the size of the log
 READ_BACK = 2**20             # bytes of those read at once
-BACKLOG_BYTES = 32 * 2**20    # bytes that wait for a stalled disk: a batch that can be read back
+BACKLOG_BYTES = 32 * 2**20    # bytes that wait for a stalled disk; a batch is below RECENT_BYTES
 STORE_SECONDS = 20.0          # the sender waits 30 s for its answer
-ANSWER_SECONDS = 28.0         # from a request's first byte: what a slow one took is missing here
+ANSWER_SECONDS = 28.0         # from a request's first byte; a slow body leaves the disk less
 CHECK_SECONDS = 2.0           # a load balancer gives its check less time than a sender its event
 
 # Of a connection.
@@ -136,8 +136,8 @@ ACCEPT_PAUSE = 0.1            # seconds after an error of accept that an evictio
 LOOK_SECONDS = 2.0            # between two looks at the certificate's files
 STOP_SECONDS = 10.0           # for answers after SIGTERM; the exit is due within 15 s
 STOP_GRACE = 1.0              # the part of it in which senders may finish what they have begun
-CUT_SECONDS = 0.5             # for connections that were cut to leave
 CLOSE_SECONDS = 2.0           # for the last batch after that
+CUT_SECONDS = 0.5             # for its answers after that, and for those that are then cut to leave
 
 # Of stderr.
 STDERR_SECONDS = 0.5          # in which somebody has to read some of it, else lines are lost
@@ -228,7 +228,7 @@ def describe_fault(error: BaseException) -> str:
 def write_stderr(lines: Sequence[str]) -> None:
     """Write lines to stderr by one write; if it takes nothing for STDERR_SECONDS, they are lost.
 
-    A long write may wait even so: only the reporter's thread does it.
+    A long write may wait even so: in a receiver, only the reporter's thread calls this.
     """
     with contextlib.suppress(OSError):
         if os.name != "posix" or select.select((), (2,), (), STDERR_SECONDS)[1]:
@@ -240,7 +240,7 @@ def say(line: str) -> None:
     write_stderr([f"{printable(line)}\n"])
 
 
-# When it was told (Unix seconds), its kind, its message; or what is set once all before is written.
+# A line: its time (Unix seconds), kind and message. Or a flush: set once all before it is written.
 ReportEntry = Union[tuple[float, str, str], threading.Event]
 
 
@@ -683,7 +683,7 @@ def _is_deep(data: bytes, limit: int) -> bool:
         +"+"++---                  without strings that hold no bracket
         +++---                     outside of strings: the levels are 1, 2, 3, 2, 1, 0
 
-    So it takes no Python for a character: 35 ms for the worst MiB. It takes as much memory as the
+    No Python runs for each character: 35 ms for the worst MiB. It takes as much memory as the
     data, or twenty times that where it is all strings with brackets in them.
     """
     unescaped = data.replace(rb"\\", b"").replace(rb'\"', b"")
@@ -698,7 +698,7 @@ def _is_deep(data: bytes, limit: int) -> bool:
 def _decode_json(data: bytes, decoder: json.JSONDecoder, limit: int = DEPTH_LIMIT) -> Any:
     """Return the JSON value in `data` (UTF-8, RFC 8259, at most `limit` containers deep).
 
-    Raise ValueError for all that is not one; its text goes on where a sentence named the data.
+    Raise ValueError for all that is not one; its text is a predicate, like "is not UTF-8".
     """
     if b"\0" in data:
         raise ValueError("holds NULs, so it is not JSON in UTF-8 (in UTF-16, perhaps)")
@@ -930,7 +930,7 @@ _WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _LAST_OF_PLANES = "".join(chr(plane + 0xFFFE) + chr(plane + 0xFFFF)
                           for plane in range(0, 0x110000, 0x10000))
 _NOT_STRING = re.compile(f"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef{_LAST_OF_PLANES}]")
-# Whole surrogate pairs come first, so that group 1 is a half without its other; then all others.
+# In order: a whole surrogate pair; a half without its other (group 1); any other escape.
 _ESCAPES = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F])|\\.", re.DOTALL)
 _RFC3339 = re.compile(r"(\d{4}-\d\d-\d\d)[Tt]([01]\d:[0-5]\d|2[0-3]:[0-5]\d):([0-5]\d|60)"
                       r"(?:\.(\d+))?"
@@ -1307,9 +1307,10 @@ class LogFile:
     Whose it is: a file that holds an event of this log, or nothing but blanks, NULs and a torn tail
     of ours, is ours. Any other is refused by `read_back`, which comes before any write.
 
-    How a torn tail is sealed: it is overwritten with spaces, last page first, so that a crash
-    half-way leaves a torn tail again and never a broken line; then a newline ends it. `tail -F`
-    prints the whole file again after a truncation, and glues lines without the newline.
+    How a torn tail is sealed: it is overwritten with NULs, its first page last, and then with
+    spaces, so that a crash at any point leaves a torn tail of ours again; then a newline ends it.
+    It is not truncated, for then `tail -F` would print the whole file again; and without the
+    newline, `tail -F` would show it and the next event as one line.
 
     `known_size` is the size in bytes at which we left the file; None before the first write, and
     once a write or a sync failed. Where the file has another size, it is mended before the next
@@ -1474,7 +1475,8 @@ class LogFile:
         """Return where the parts of a batch end that are made durable one after another.
 
         That is one part, but for a file's first event: its beginning, which is on one page or on
-        two, comes alone. If a crash left later pages without it, whose file would that be?
+        two, comes alone. Else a crash could leave later pages without the beginning, which alone
+        shows that the file is ours.
         """
         if self._has_event:
             return [len(lines)]
@@ -1892,7 +1894,7 @@ class Connection:
 
     Other threads set `interruption`, and `Receiver.protect` sets `storing`, under
     `Receiver.changed`: so a connection is never evicted while its event is being stored. Its own
-    thread reads the one and clears the other without it, since a late look costs nothing.
+    thread reads `interruption` and clears `storing` without the lock: seen late, neither harms.
     """
 
     def __init__(self, accepted: socket.socket, address: Any, seconds: float) -> None:
@@ -1938,7 +1940,7 @@ class Connection:
         if spoken is not None:
             return spoken
         try:
-            self.socket.getpeername()  # raises if the peer has reset it; a handshake costs 0.2 ms
+            self.socket.getpeername()  # raises if the peer has reset it: a handshake costs 0.2 ms
         except OSError:
             raise Disconnected from None
 
@@ -1946,7 +1948,7 @@ class Connection:
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
         self._advance(self.tls.do_handshake)
         if not self.incoming.pending:
-            self.acknowledge()  # in TLS 1.3, we send nothing that could carry it
+            self.acknowledge()  # no TLS data of ours follows that would carry the ACK (no tickets)
         self.tls_allowance = KEY_UPDATE_BYTES
         return None
 
@@ -2618,7 +2620,7 @@ def check_password(handler: Handler) -> None:
         raise Rejected(401, "that is not the password of the live view", challenge)
 
 
-HEARTBEAT = b"event: heartbeat\ndata: {}\n\n"  # no comment: a page's script does not hear those
+HEARTBEAT = b"event: heartbeat\ndata: {}\n\n"  # an event, for scripts see no SSE comments
 VIEW_FIELDS = (
     ("Cache-Control", "no-store"),
     ("X-Content-Type-Options", "nosniff"),
@@ -2874,7 +2876,8 @@ class Signals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            # One more while the interpreter ends would set the exit code; an importer goes on.
+            # A program ignores them from here on: they would change its exit code. An importer
+            # gets its own handlers back.
             signal.signal(number, signal.SIG_IGN if __name__ == "__main__" else handler)
         if self._before:
             signal.set_wakeup_fd(-1)
@@ -3056,8 +3059,8 @@ class Receiver(socketserver.BaseServer):
     def evict(self, newcomer: Connection | None = None) -> None:
         """Cut the connection that has waited longest for its request, if there is one.
 
-        Those that have delivered a verified event go last. The caller holds `changed`, and calls
-        this anew after each wait.
+        Those that have delivered a verified event go last; one whose event is being stored is
+        never cut. The caller holds `changed`, and calls this anew after each wait.
         """
         candidates = [each for each in self.connections
                       if each is not newcomer and not each.storing and each.interruption is None]
@@ -3708,6 +3711,18 @@ def check_log(path: str, may_be_missing: bool) -> None:
         raise SettingsError(f"{path}: {_why(error)}") from None
 
 
+def check_logs(paths: Sequence[str], follow: bool) -> list[str]:
+    """Return the logs that can be followed; raise SettingsError for what is no log."""
+    followed = []
+    for path in paths:
+        grows = follow and path != "-" and not path.endswith(".gz")
+        if path != "-":
+            check_log(path, may_be_missing=grows)
+        if grows:
+            followed.append(path)
+    return followed
+
+
 def open_to_read(path: str) -> BinaryIO:
     """Open a log to read it once: `-` is stdin, and .gz is decompressed. Raise OSError."""
     if path == "-":
@@ -4162,13 +4177,7 @@ def timeline(options: argparse.Namespace) -> int:
     Raise SettingsError.
     """
     paths = options.files or [load_settings(options).log]
-    followed = []
-    for path in paths:
-        grows = options.follow and path != "-" and not path.endswith(".gz")
-        if path != "-":
-            check_log(path, may_be_missing=grows)
-        if grows:
-            followed.append(path)
+    followed = check_logs(paths, options.follow)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -4188,6 +4197,9 @@ def timeline(options: argparse.Namespace) -> int:
         while tails:
             time.sleep(VIEW_PAUSE)
             show_changes(rows, read_tails(tails, only, skipped), options.json)
+    except KeyboardInterrupt:
+        if not options.follow:  # which it ends; all else is not whole then
+            raise
     except BrokenPipeError:  # | head
         drop_stdout()
     finally:
@@ -4373,7 +4385,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        return 0
+        say(f"error: {name}: interrupted")
+        return 1
     except OSError as error:  # a stdout that is full, or closed at its other end
         say(f"error: {name}: {_why(error)}")
         drop_stdout()
@@ -4733,7 +4746,7 @@ function connect() {
 
 function reconnect() {  // by a new source: the browser's own stops at a 503
   source.close();
-  heard = Date.now();  // or the watch below begins a long wait anew before it is over
+  heard = Date.now();  // else the watch below would begin a long wait anew before its end
   say("reconnecting");
   clearTimeout(retry);
   retry = setTimeout(connect, wait);

@@ -5145,6 +5145,13 @@ def test_events_of_one_instant_are_0_seconds_apart(timeline):
     assert [step.get("seconds") for step in shown["events"]] == [0.0, None]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_a_timeline_cut_short_ends_with_1_and_one_line(launch, tmp_path, number):
+    reading = Command(launch, tmp_path, "timeline", "-")
+    reading.is_told(LINES[0] * 1000)  # more than a pipe takes: it returns once most is read
+    assert reading.ended(number) == (1, "", "error: timeline: interrupted\n")
+
+
 def test_a_stage_that_comes_twice_is_shown_twice(timeline):
     lines = stage_lines("code", ("A", "B", 0, 0), ("B", "A", 1, 1), ("A", "B", 2, 2))
     shown = json.loads(timeline(lines, "--json")[1])
