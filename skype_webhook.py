@@ -21,8 +21,8 @@ back once:
 The sections, in the order in which they are met:
 
     limits            sizes and times, each with its reason
-    errors            each knows its answer
-    operator's lines  stderr has one owner
+    errors            what can go wrong, and how it is answered
+    operator's lines  stderr: in a receiver, it has one owner
     settings          what can be set, in the environment or an env file
     JSON              strict decoding; pure
     verification      the four checks of a token; pure
@@ -57,7 +57,6 @@ import itertools
 import json
 import json.encoder
 import math
-import operator
 import os
 import pathlib
 import queue
@@ -110,7 +109,7 @@ TIME_LIMIT = 64               # characters; the documented time has 28, twice in
 LARGE_BODY = 32 * 1024        # bytes; larger ones are parsed one at a time. An event has about 300
 
 # Of the journal.
-RECENT_IDS = 65_536           # ids remembered: 5,400 a second for the 12 s that a token is taken
+RECENT_IDS = 65_536           # ids remembered: 5,400 a second for the 12 s of a token (with leeway)
 RECENT_BYTES = 64 * 2**20     # bytes read back at start, whatever the size of the log
 READ_BACK = 2**20             # bytes of those read at once
 BACKLOG_BYTES = 32 * 2**20    # bytes that wait for a stalled disk; a batch is below RECENT_BYTES
@@ -121,7 +120,7 @@ CHECK_SECONDS = 2.0           # a load balancer gives its check less time than a
 # Of a connection.
 READ_SIZE = 4 * 1024          # bytes a read, and a connection's buffer; a delivery has about 1,000
 IDLE_SECONDS = 150.0          # of a proven sender; clients and proxies keep connections up to 120
-FRUITLESS_ANSWERS = 8         # in a row without an event; then the connection ends
+FRUITLESS_ANSWERS = 8         # in a row without an event; one that gets more holds up the others
 KEY_UPDATE_BYTES = 8 * 27     # eight key updates of TLS 1.3, as AES-GCM and ChaCha20 send them
 DRAIN_SECONDS = 3.0           # how long a refused peer may go on sending before it is cut off
 DRAIN_BYTES = 8 * 2**20       # and how much
@@ -129,10 +128,11 @@ DRAIN_READ = 64 * 1024        # bytes a read of that: with 4 KiB, 256 such peers
 
 # Of the server.
 ACCEPT_QUEUE = 1024           # connections that the kernel keeps while we accept
-SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # an eviction mends these
+SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # an eviction helps
 PEERS_ERRORS = {errno.ECONNABORTED, errno.ECONNRESET, errno.EPROTO, errno.EHOSTUNREACH,
                 errno.ENETUNREACH, errno.ENETDOWN, errno.ETIMEDOUT}  # accept(2): it has left again
-ACCEPT_PAUSE = 0.1            # seconds after an error of accept that an eviction does not mend
+ACCEPT_PAUSE = 0.1            # seconds after an error of accept against which no eviction helps
+LEAVE_SECONDS = 0.1           # in which an evicted connection has mostly left
 LOOK_SECONDS = 2.0            # between two looks at the certificate's files
 STOP_SECONDS = 10.0           # for answers after SIGTERM; the exit is due within 15 s
 STOP_GRACE = 1.0              # the part of it in which senders may finish what they have begun
@@ -161,7 +161,7 @@ FETCH_SECONDS = 30.0          # for one interview's data, up to its last byte
 FETCH_BYTES = 64 * 2**20      # of it; notes, feedback and code snapshots have far less
 
 
-# --- Errors: each knows its answer ---
+# --- Errors: Rejected knows its answer, the others why ---
 
 
 class Rejected(Exception):
@@ -189,7 +189,7 @@ class SettingsError(Exception):
     """A wrong setting, in one line that says what to do. Ends the start with exit code 2."""
 
 
-def _why(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """Return an error's reason: what the operating system says of it, or else its text."""
     return str(getattr(error, "strerror", None) or error)
 
@@ -225,14 +225,18 @@ def describe_fault(error: BaseException) -> str:
     return f"fault {kind} in {place}: please report it"
 
 
-def write_stderr(lines: Sequence[str]) -> None:
-    """Write lines to stderr by one write; if it takes nothing for STDERR_SECONDS, they are lost.
+def write_stderr(lines: Sequence[str]) -> bool:
+    """Write lines to stderr by one write; return False if it takes nothing for STDERR_SECONDS.
 
     A long write may wait even so: in a receiver, only the reporter's thread calls this.
     """
-    with contextlib.suppress(OSError):
-        if os.name != "posix" or select.select((), (2,), (), STDERR_SECONDS)[1]:
-            os.write(2, "".join(lines).encode("utf-8", "backslashreplace"))
+    try:
+        if os.name == "posix" and not select.select((), (2,), (), STDERR_SECONDS)[1]:
+            return False
+        os.write(2, "".join(lines).encode("utf-8", "backslashreplace"))
+    except OSError:
+        return False
+    return True
 
 
 def say(line: str) -> None:
@@ -248,22 +252,26 @@ class Reporter:
     """The owner of stderr: a queue of lines, and one thread that writes them.
 
     So no peer, no event and no stop waits for a stderr that nobody reads: a line that a peer caused
-    is dropped while REPORT_LIMIT others wait. Of the refusals of one second, REFUSALS_TOLD are
-    written; how many more there were is written in one line when that second is over.
+    is dropped while REPORT_LIMIT others wait. How many lines were lost is written as soon as
+    somebody reads again. Of the refusals of one second, REFUSALS_TOLD are written; how many more
+    there were is written in one line when that second is over.
 
-    `_starting` guards the start of the thread; `_second` and `_refusals` are the thread's alone.
+    `_lock` guards the start of the thread, and `_lost`; `_second` and `_refusals` are the thread's
+    alone.
     """
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[ReportEntry] = queue.SimpleQueue()
-        self._starting = threading.Lock()
+        self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._lost = 0      # lines that nobody took, since that was written last
         self._second = 0    # Unix time, of the last refusal
         self._refusals = 0  # in that second
 
     def tell(self, message: str, kind: str = "") -> None:
         """Queue one line, with the present time; `kind` is the outcome, if a peer caused it."""
         if kind and self._queue.qsize() >= REPORT_LIMIT:
+            self._count_lost(1)
             return
         self._queue.put((time.time(), kind, message))
         if self._thread is None:
@@ -277,7 +285,7 @@ class Reporter:
             written.wait(3 * STDERR_SECONDS)
 
     def _start(self) -> None:
-        with self._starting:
+        with self._lock:
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="reporter", daemon=True)
                 with contextlib.suppress(RuntimeError):  # none can be started: the next line tries
@@ -314,9 +322,24 @@ class Reporter:
         if flushes or int(time.time()) != self._second:
             self._end_second(lines)
         if lines:
-            write_stderr(lines)
+            self._write_lines(lines)
         for flush in flushes:
             flush.set()
+
+    def _write_lines(self, lines: list[str]) -> None:
+        lost = self._lost
+        report = lines
+        if lost:
+            message = f"{lost} lines before this one were lost: nobody read stderr"
+            report = [format_report(time.time(), message), *lines]
+        if write_stderr(report):
+            self._count_lost(-lost)
+        else:
+            self._count_lost(len(lines))
+
+    def _count_lost(self, lines: int) -> None:
+        with self._lock:
+            self._lost += lines
 
     def _add(self, lines: list[str], when: float, kind: str, message: str) -> None:
         if kind == "refused":
@@ -376,8 +399,8 @@ def _boolean(text: str) -> bool:
 
 def _url_path(text: str) -> str:
     if not re.fullmatch(r"/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*", text) or text == "/healthz":
-        form = "a path like /hook (and /healthz is taken)"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a path like /hook (and /healthz is taken)")
     return text
 
 
@@ -405,6 +428,11 @@ class Settings:
     max_connections: int = 256
     request_timeout: float = 10.0      # seconds
     behind_proxy: bool = False
+
+    @property
+    def listening_host(self) -> str:
+        """The host to listen on: with a proxy in front, loopback unless it is set."""
+        return self.host or ("127.0.0.1" if self.behind_proxy else "")
 
     @cached_property
     def credentials(self) -> tuple[Credential, ...]:
@@ -463,7 +491,7 @@ CREDENTIALS = ("SKYPE_API_KEY", "SKYPE_API_SECRET",
                "SKYPE_API_KEY_PREVIOUS", "SKYPE_API_SECRET_PREVIOUS")
 SECRETS = ("SKYPE_API_SECRET", "SKYPE_API_SECRET_PREVIOUS")
 FIXED = ("host", "port", "log", "max_connections", "behind_proxy")  # until a restart
-NAMES = {*SETTINGS, *(f"{name}_FILE" for name in SECRETS)}
+VARIABLES = {*SETTINGS, *(f"{name}_FILE" for name in SECRETS)}
 _ENV_LINE = re.compile(  # quotes are taken off, as the shell and systemd do
     r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(?:\"(.*)\"|'(.*)'|(.*?))\s*")
 # White space, byte order marks, and characters without a width: what copying adds, unseen.
@@ -518,9 +546,9 @@ def read_env_file(path: str | None) -> dict[str, str]:
         raise SettingsError(f"env file {name}: it is not text in UTF-8; save it as that") from None
     except OSError as error:
         if path is not None:
-            raise SettingsError(f"--env-file {path}: {_why(error)}") from None
+            raise SettingsError(f"--env-file {path}: {_reason(error)}") from None
         if not isinstance(error, FileNotFoundError):
-            tell(f"warning: .env: {_why(error)}; none of its settings is used")
+            tell(f"warning: .env: {_reason(error)}; none of its settings is used")
         return {}
     if os.name == "posix":
         _warn_if_others_can_read(name)
@@ -534,7 +562,7 @@ def read_env_file(path: str | None) -> dict[str, str]:
             raise SettingsError(f"{name} line {number} is not NAME=value"
                                 + (", for it holds a NUL" if match else ""))
         values[match[1]] = match[2] or match[3] or match[4] or ""
-        if match[1].startswith("SKYPE_") and match[1] not in NAMES:
+        if match[1].startswith("SKYPE_") and match[1] not in VARIABLES:
             tell(f"warning: {name} line {number}: there is no setting {match[1]}")
     return values
 
@@ -549,7 +577,7 @@ def _read_secret_file(name: str, path: str) -> str:
     except UnicodeError:
         raise SettingsError(f"{name}: what is in the file is not UTF-8") from None
     except OSError as error:
-        raise SettingsError(f"{name}: {_why(error)}; "
+        raise SettingsError(f"{name}: {_reason(error)}; "
                             "it has to name a file that holds the secret") from None
     if not _UNSEEN_ENDS.sub("", text):
         raise SettingsError(f"{name}: the file is empty")
@@ -630,20 +658,17 @@ def load_credential(options: argparse.Namespace) -> Credential:
     return settings.credentials[0]
 
 
-def load_serving(options: argparse.Namespace) -> Settings:
-    """Return the settings of a receiver, with all that it needs; raise SettingsError."""
-    settings = load_settings(options)
+def check_serving(settings: Settings) -> None:
+    """Raise SettingsError where a receiver lacks something, or gets what it cannot use."""
     if settings.behind_proxy:
         if settings.tls_cert or settings.tls_key:
             raise SettingsError("--behind-proxy speaks plain HTTP; "
                                 "leave --cert and --key to the proxy")
-        settings = dataclasses.replace(settings, host=settings.host or "127.0.0.1")
     elif not (settings.tls_cert and settings.tls_key):
         missing = "--key" if settings.tls_cert else "--cert"
         raise SettingsError(f"{missing} is missing; "
                             "HTTPS needs --cert and --key (or --behind-proxy; or try: demo)")
     check_credentials(settings)
-    return settings
 
 
 # --- JSON, strictly: pure ---
@@ -784,7 +809,7 @@ def _numeric_date(claims: dict[str, Any], name: str) -> float:
         raise _invalid_token(f"time: the token's {name} is missing or not a number")
     if not math.isfinite(value):
         raise _invalid_token(f"time: the token's {name} is not a finite number")
-    return value / 1000 if value >= 1e11 else value
+    return value / 1000 if value >= 1e11 else value  # in seconds, that is the year 5138
 
 
 def _check_time(claims: dict[str, Any], now: float, leeway: float) -> None:
@@ -852,7 +877,8 @@ def verify_token(authorization: str | None, credentials: Sequence[Credential], n
 
 def verify_body(claims: dict[str, Any], body: bytes) -> str:
     """Check 4: return the event's id, the body's SHA-256 in lower-case hex; raise Rejected(401)."""
-    digest, subject = hashlib.sha256(body), claims.get("sub")
+    digest = hashlib.sha256(body)
+    subject = claims.get("sub")
     if not isinstance(subject, str) or not _SHA256.fullmatch(subject):
         raise _invalid_token("body: the token's sub is not a SHA-256 in hex")
     if not hmac.compare_digest(bytes.fromhex(subject), digest.digest()):
@@ -865,7 +891,8 @@ def verify(authorization: str | None, body: bytes, credentials: Sequence[Credent
            now: float, leeway: float = 1.0) -> dict[str, Any]:
     """Make the four checks of the service's page; return the claims, or raise Rejected(401).
 
-    `authorization` is the field's value, `now` is in Unix seconds, `leeway` in seconds.
+    `authorization` is the field's value, `now` is in Unix seconds, `leeway` in seconds. This is for
+    programs that import it: the receiver makes check 4 later, when it has the body.
     Source: Skype Interviews, Webhooks, "Verify the webhook request"; RFC 7515, 7519, 6750.
     """
     claims = verify_token(authorization, credentials, now, leeway)
@@ -891,6 +918,10 @@ def sign(body: bytes | None, credential: Credential, now: float) -> str:
 # --- Events and lines: pure (a verified body in, one line of the log out) ---
 
 
+SOURCE = "https://interviews.skype.com"
+
+# A new one needs a sign in the page, too (SIGNS); one that ends in another way than these, a
+# colour in `_COLOURS` and in the page's styles.
 STAGES = {
     "InterviewCreated": "a recruiter created the interview",
     "InterviewCanceled": "the recruiter canceled the interview",
@@ -949,8 +980,8 @@ def parse_time(text: str) -> int:
     match = _RFC3339.fullmatch(text)
     if not match:
         raise ValueError("not an RFC 3339 time")
-    day, minute, second, fraction, sign_, hours, minutes = match.groups()
-    offset = int(f"{sign_}1") * (int(hours) * 60 + int(minutes)) if sign_ else 0
+    day, minute, second, fraction, direction, hours, minutes = match.groups()
+    offset = int(f"{direction}1") * (int(hours) * 60 + int(minutes)) if direction else 0
     seconds = (_parse_minute(f"{day}T{minute}") - offset) * 60 + int(second)
     return seconds * TICKS + int((fraction or "0").ljust(7, "0")[:7])
 
@@ -974,46 +1005,49 @@ def _time(value: object) -> str | None:
     return value
 
 
-def _stage(fields: dict[str, Any], name: str, warnings: list[str]) -> str | None:
-    stage = fields.get(name)
+def _stage_name(data: object, name: str) -> str | None:
+    """Return the name of the stage `name` (previousStage, currentStage) of an event's data."""
+    stage = data.get(name) if isinstance(data, dict) else None
     value = stage.get("value") if isinstance(stage, dict) else None
-    if not isinstance(value, str):
-        warnings.append(f"{name}.value is missing")
-        return None
-    if value not in STAGES:
-        warnings.append(f"{name}.value {value[:80]!r} is not a documented stage")
-    return value
+    return value if isinstance(value, str) else None
 
 
-def _read_body(body: bytes, why_base64: list[str]) -> tuple[str, dict[str, Any] | None]:
-    """Return a body's media type, and its fields where it is an object in strict JSON.
+def _doubt_stage(name: str, stage: str | None) -> list[str]:
+    """Return what is not as documented about a stage."""
+    if stage is None:
+        return [f"{name}.value is missing"]
+    if stage not in STAGES:
+        return [f"{name}.value {stage[:80]!r} is not a documented stage"]
+    return []
 
-    Add to `why_base64` what readers of the log would choke on.
+
+def _parse_body(body: bytes) -> tuple[str, dict[str, Any] | None, list[str]]:
+    """Return a body's media type, its fields, and what readers of the log would choke on.
+
+    The fields are None where it is not an object in strict JSON.
     """
+    reasons = []
     if body.startswith(BYTE_ORDER_MARK):
-        why_base64.append("begins with a byte order mark")
+        reasons.append("begins with a byte order mark")
     try:
         value = _decode_json(body.removeprefix(BYTE_ORDER_MARK), _JSON)
     except ValueError as error:
-        why_base64.append(str(error))
-        return "application/octet-stream", None
+        return "application/octet-stream", None, [*reasons, str(error)]
 
     # jq and DuckDB stop at such an escape, and read nothing of what follows in the file.
     if b"\\" in body and any(match[1] for match in _ESCAPES.finditer(body)):
-        why_base64.append("holds an unpaired surrogate escape")
+        reasons.append("holds an unpaired surrogate escape")
     if not isinstance(value, dict):
-        why_base64.append("is not an object")
-        return "application/json", None
-    return "application/json", value
+        return "application/json", None, [*reasons, "is not an object"]
+    return "application/json", value, reasons
 
 
 def parse_event(body: bytes) -> Event:
     """Return the event in a verified body. Raise nothing: every one of them is recorded."""
-    why_base64: list[str] = []
-    content_type, fields = _read_body(body, why_base64)
+    content_type, fields, reasons = _parse_body(body)
     warnings = []
-    if why_base64:
-        warnings.append(f"kept as data_base64, for the body {' and '.join(why_base64)}")
+    if reasons:
+        warnings.append(f"kept as data_base64, for the body {' and '.join(reasons)}")
     if fields is None:
         return Event(f"{TYPE_PREFIX}unknown", None, None, None, content_type, True, tuple(warnings))
 
@@ -1027,15 +1061,18 @@ def parse_event(body: bytes) -> Event:
     sent = _time(fields.get("timestamp"))
     if sent is None:
         warnings.append("timestamp is missing or not an RFC 3339 time")
-    _stage(fields, "previousStage", warnings)  # only what is odd about it is wanted
-    stage = _stage(fields, "currentStage", warnings)
-    return Event(TYPE_PREFIX + kind, subject, sent, stage, content_type, bool(why_base64),
+    stage = _stage_name(fields, "currentStage")
+    warnings += _doubt_stage("previousStage", _stage_name(fields, "previousStage"))
+    warnings += _doubt_stage("currentStage", stage)
+    return Event(TYPE_PREFIX + kind, subject, sent, stage, content_type, bool(reasons),
                  tuple(warnings))
 
 
 _LINE_BREAKS = bytes.maketrans(b"\r\n", b"  ")
+# How every line begins, up to its source: `_is_event` knows an event of this log by that.
 _LINE_START = b'{"specversion":"1.0","id":"'
 _ID = slice(len(_LINE_START), len(_LINE_START) + 64)
+_AFTER_ID = f'","source":"{SOURCE}"'.encode()
 
 
 def format_line(event: Event, body: bytes, recorded: float, event_id: str | None = None) -> bytes:
@@ -1048,8 +1085,9 @@ def format_line(event: Event, body: bytes, recorded: float, event_id: str | None
     micros = round((recorded - second) * 1e6)  # it may round up to a whole second
     moment = f"{_format_second(second + micros // 10**6)}.{micros % 10**6:06d}Z"
 
-    attributes = [f'"{event_id or hashlib.sha256(body).hexdigest()}"',
-                  '"source":"https://interviews.skype.com"', f'"type":"{event.type}"']
+    event_id = event_id or hashlib.sha256(body).hexdigest()
+    start = _LINE_START + event_id.encode() + _AFTER_ID
+    attributes = [f'"type":"{event.type}"']
     if event.subject is not None:
         attributes.append(f'"subject":{_encode_text(event.subject)}')
     if event.time is not None:
@@ -1059,7 +1097,7 @@ def format_line(event: Event, body: bytes, recorded: float, event_id: str | None
     data = b'"data":' + body.translate(_LINE_BREAKS)
     if event.as_base64:
         data = b'"data_base64":"' + base64.b64encode(body) + b'"'
-    return b"".join((_LINE_START[:-1], ",".join(attributes).encode(), b",", data, b"}\n"))
+    return b",".join((start, ",".join(attributes).encode(), data)) + b"}\n"
 
 
 # --- HTTP, strictly: pure (a head in, as Latin-1, its parts or Rejected out) ---
@@ -1070,7 +1108,7 @@ _REQUEST_LINE = re.compile(rf"({_TOKEN_CHARS}) ([!-~]+) HTTP/([0-9])\.([0-9])")
 _FIELD_LINE = re.compile(_TOKEN_CHARS + r":[\t -~\x80-\xff]*")
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+;=-]*)(?::[0-9]*)?")
 _ABSOLUTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]+")
-_OUR_ABSOLUTE = re.compile(r"\Ahttps?://[^/?#]+", re.IGNORECASE)
+_HTTP_ORIGIN = re.compile(r"\Ahttps?://[^/?#]+", re.IGNORECASE)
 _QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 _EXTENSION = rf"[ \t]*;[ \t]*{_TOKEN_CHARS}(?:[ \t]*=[ \t]*(?:{_TOKEN_CHARS}|{_QUOTED}))?"
 _CHUNK_LINE = re.compile(f"([0-9A-Fa-f]+)(?:{_EXTENSION})*")
@@ -1108,7 +1146,8 @@ def _parse_fields(lines: list[str]) -> dict[str, str]:
         if not _FIELD_LINE.fullmatch(line):
             raise Rejected(400, f"header line {number} is not a field (RFC 9112 section 5)")
         name, _, value = line.partition(":")
-        name, value = name.lower(), value.strip(" \t")
+        name = name.lower()
+        value = value.strip(" \t")
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
     return fields
 
@@ -1118,7 +1157,8 @@ def _body_length(fields: dict[str, str], minor: int) -> int | None:
 
     Raise Rejected where two readings are possible.
     """
-    coding, length = fields.get("transfer-encoding"), fields.get("content-length")
+    coding = fields.get("transfer-encoding")
+    length = fields.get("content-length")
     if coding is not None:
         if length is not None:
             raise Rejected(400, "Content-Length and Transfer-Encoding stand together")
@@ -1145,16 +1185,16 @@ def _parse_request_line(line: str) -> tuple[str, str, str, int]:
         raise Rejected(414, f"the request target is longer than {TARGET_LIMIT} bytes")
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
-        form = "METHOD SP target SP HTTP/1.1"
-        raise Rejected(400, f"the request line is not {form} (RFC 9112 section 3)")
+        raise Rejected(400, "the request line is not METHOD SP target SP HTTP/1.1 "
+                            "(RFC 9112 section 3)")
     method, target, major, minor = match.groups()
     if major != "1":
         raise Rejected(505 if major >= "2" else 400, "only HTTP/1.1 and HTTP/1.0 are spoken here")
     absolute = _ABSOLUTE.match(target)
     if not (absolute or target.startswith("/") or (method, target) == ("OPTIONS", "*")):
-        form = "a path nor an absolute URL"
-        raise Rejected(400, f"the request target is neither {form} (RFC 9112 section 3.2)")
-    path, _, query = _OUR_ABSOLUTE.sub("", target).partition("?")
+        raise Rejected(400, "the request target is neither a path nor an absolute URL "
+                            "(RFC 9112 section 3.2)")
+    path, _, query = _HTTP_ORIGIN.sub("", target).partition("?")
     return method, path or "/", query, int(minor)
 
 
@@ -1191,9 +1231,8 @@ def parse_chunk_size(line: str) -> int:
 
 SEAL_BLOCK = 4096  # bytes; a page is written whole or not at all when the process or the power ends
 CHECK_LINE = b"\n".rjust(SEAL_BLOCK)  # a whole block: a full disk still takes a shorter line
-_SOURCE = b'","source":"https://interviews.skype.com"'
 _BLANK_ID = ""  # of a blank line, which is no event
-_MENDED = {
+_SEALED = {
     "event": "sealed {path}: its last event lacked its newline (a crash?)",
     "torn": "sealed {path}: its last {size} bytes were not a whole line (a crash?)",
     "foreign": "warning: {path}: its last {size} bytes are no event; they got a newline, and stay",
@@ -1204,7 +1243,7 @@ _UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}  # 
 
 def _is_event(line: bytes) -> bool:
     """Return whether a line begins as every event of this log does, up to its source."""
-    return line.startswith(_LINE_START) and line.startswith(_SOURCE, _ID.stop)
+    return line.startswith(_LINE_START) and line.startswith(_AFTER_ID, _ID.stop)
 
 
 TailKind = Literal["nothing", "event", "torn", "foreign"]
@@ -1249,7 +1288,7 @@ def _sync(descriptor: int) -> None:
                     raise
         getattr(os, "fdatasync", os.fsync)(descriptor)
     except OSError as error:
-        raise SyncFailed(f"sync: {_why(error)}") from None
+        raise SyncFailed(f"sync: {_reason(error)}") from None
 
 
 def _sync_folder(folder: str) -> bool:
@@ -1264,7 +1303,7 @@ def _sync_folder(folder: str) -> bool:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
-            raise SyncFailed(f"sync of its folder: {_why(error)}") from None
+            raise SyncFailed(f"sync of its folder: {_reason(error)}") from None
         return False
     finally:
         with contextlib.suppress(OSError):
@@ -1313,7 +1352,7 @@ class LogFile:
     newline, `tail -F` would show it and the next event as one line.
 
     `known_size` is the size in bytes at which we left the file; None before the first write, and
-    once a write or a sync failed. Where the file has another size, it is mended before the next
+    once a write or a sync failed. Where the file has another size, it is sealed before the next
     event (see `Journal._file_at_path`).
     """
 
@@ -1373,7 +1412,8 @@ class LogFile:
         newline_seen = False
         start = size
         while start > limit:
-            end, start = start, max(limit, start - READ_BACK)
+            end = start
+            start = max(limit, end - READ_BACK)
             first, *others = self._read(start, end - start).split(b"\n")
             if others:
                 newline_seen = True
@@ -1415,7 +1455,7 @@ class LogFile:
                     break
 
         if is_blank and not is_ours:  # of a longer file, not all has been read
-            is_ours = size <= RECENT_BYTES or _is_event(self._read(0, _ID.stop + len(_SOURCE)))
+            is_ours = size <= RECENT_BYTES or _is_event(self._read(0, _ID.stop + len(_AFTER_ID)))
         if not is_ours:
             self._refuse()
         return ReadBack(ids, broken, tail, kind, size)
@@ -1423,8 +1463,8 @@ class LogFile:
     def _refuse(self) -> NoReturn:
         """Raise JournalError for a file that is somebody else's."""
         is_gzip = self._read(0, 2) == b"\x1f\x8b"
-        why = "it is compressed (gzip)" if is_gzip else "it holds no event"
-        raise JournalError(f"{why}, so it is no log of this program, and stays as it is; "
+        reason = "it is compressed (gzip)" if is_gzip else "it holds no event"
+        raise JournalError(f"{reason}, so it is no log of this program, and stays as it is; "
                            "move it away, or choose another log")
 
     def take_over(self) -> list[str]:
@@ -1437,7 +1477,7 @@ class LogFile:
         is_named = _sync_folder(os.path.dirname(self._target))
         if not self._is_locked:
             self.warn(f"warning: {self.path}: this file system cannot lock: "
-                      "nothing keeps a second receiver off this log; start none")
+                      "nothing keeps a second receiver off this log; do not start one")
         if not is_named:
             self.warn(f"warning: {self.path}: this file system cannot sync a folder: "
                       "a power cut can take a log that was just begun with it")
@@ -1466,7 +1506,7 @@ class LogFile:
                 self._remains = (self._appender.tell() - written, lines[:written])
                 self.known_size = None
                 with contextlib.suppress(OSError, JournalError):
-                    self.mend()  # what cannot be done now is done before the next batch
+                    self.seal()  # what cannot be done now is done before the next batch
             raise
         self.known_size = self._appender.tell()
         self._has_event = self._has_event or _is_event(lines)
@@ -1484,7 +1524,7 @@ class LogFile:
         ends = [first, first + SEAL_BLOCK]
         return [end for end in ends if end < len(lines)] + [len(lines)]
 
-    def mend(self) -> list[str]:
+    def seal(self) -> list[str]:
         """Blank what a failed batch left, and end what stands after the last newline.
 
         Return the ids of events that are durable by that: one if it only lacked its newline. Raise
@@ -1494,8 +1534,10 @@ class LogFile:
         if self._remains:
             self._blank(*self._remains)
             self._remains = None
+
         found = self.read_back(1)
-        tail, kind = found.tail, found.kind
+        tail = found.tail
+        kind = found.kind
         self._has_event = bool(found.ids) or kind == "event"
         if kind == "torn" and tail.strip(b" "):
             self._blank(found.size - len(tail), tail)
@@ -1503,7 +1545,7 @@ class LogFile:
             if os.write(self._appender.fileno(), b"\n") != 1:
                 raise OSError(errno.ENOSPC, "a torn line could not be ended")
             _sync(self._appender.fileno())
-            self.warn(_MENDED[kind].format(path=self.path, size=len(tail)))
+            self.warn(_SEALED[kind].format(path=self.path, size=len(tail)))
         self.known_size = self._editor.seek(0, os.SEEK_END)
         return [tail[_ID].decode()] if kind == "event" else []
 
@@ -1588,20 +1630,20 @@ class Journal:
     append from giving up in time.
 
     A failed write is tried again with the next batch. After a failed sync, or a fault of ours,
-    `final` says why nothing more can be stored: the thread ends, and calls `on_final`.
+    `fatal` says why nothing more can be stored: the thread ends, and calls `on_fatal`.
 
     `_lock` guards the fields below it; only the thread uses `_file`, once it runs. It is never held
-    while the disk works, nor while an entry is settled: who wakes would soon wait for it. An id
-    moves from `_unsettled` to `_recent` in one step, so that an append finds it in one of the two.
-    Who takes an entry out of `_unsettled` settles it. `_wake` wakes the thread when something is
-    pending or the journal closes.
+    while the disk works, nor while an entry is settled: an append that wakes goes on to the next
+    event, and would stop again at the lock. An id moves from `_unsettled` to `_recent` in one step,
+    so that an append finds it in one of the two. Whoever takes an entry out of `_unsettled` settles
+    it. `_wake` wakes the thread when something is pending or the journal closes.
     """
 
     def __init__(self, path: str | os.PathLike[str],
                  warn: Callable[[str], None] = lambda warning: None) -> None:
         self.path = os.fspath(path)
-        self.warn = warn  # gets a line on what was mended, or cannot be promised here
-        self.on_final: Callable[[], None] = lambda: None  # called when the process has to end
+        self.warn = warn  # gets a line on what was sealed, or cannot be promised here
+        self.on_fatal: Callable[[], None] = lambda: None  # called when the process has to end
         self._file: LogFile | None = None
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
@@ -1610,12 +1652,12 @@ class Journal:
         self._unsettled: dict[str, _Entry] = {}  # those, and the batch that is being written
         self._recent: OrderedDict[str, None] = OrderedDict()  # durable, the oldest first
         self._failing: str | None = None  # why the last batch failed, or was late
-        self.final: str | None = None
+        self.fatal: str | None = None
         self._closing = False
         try:
             self._start()
         except (OSError, SyncFailed) as error:
-            raise JournalError(_why(error)) from None
+            raise JournalError(_reason(error)) from None
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
@@ -1648,8 +1690,8 @@ class Journal:
 
     def _enqueue(self, event_id: str, line: bytes) -> _Entry:
         """Return the new entry of a line, now pending. The caller holds the lock."""
-        if self.final or self._closing:
-            raise JournalError(self.final or "the log is closed")
+        if self.fatal or self._closing:
+            raise JournalError(self.fatal or "the log is closed")
         if self._pending_bytes > BACKLOG_BYTES:
             raise JournalError("the disk has stalled, and too much waits for it")
         entry = self._unsettled[event_id] = _Entry(event_id, line)
@@ -1662,9 +1704,10 @@ class Journal:
     def check(self) -> None:
         """Raise JournalError while the log cannot be written; after a failure, try a blank line."""
         with self._lock:
-            final, failing = self.final, self._failing
-        if final:
-            raise JournalError(final)
+            fatal = self.fatal
+            failing = self._failing
+        if fatal:
+            raise JournalError(fatal)
         if failing:
             self.append(_BLANK_ID, CHECK_LINE, CHECK_SECONDS)
 
@@ -1687,15 +1730,15 @@ class Journal:
 
     def _run(self) -> None:
         """Commit what comes, until the journal closes or nothing more can be stored."""
-        final = self._commit_all()
+        fatal = self._commit_all()
         if self._file:
             self._file.close()
-        if final is None:
+        if fatal is None:
             return
         with self._lock:
-            self.final = final
-        self.on_final()  # first: nobody else is accepted while the others get their answers
-        self._settle_all(final)
+            self.fatal = fatal
+        self.on_fatal()  # first: nobody else is accepted while the others get their answers
+        self._settle_all(fatal)
 
     def _commit_all(self) -> str | None:
         """Commit one batch after another; return None at the end, or why nothing can be stored."""
@@ -1723,7 +1766,7 @@ class Journal:
         try:
             self._file_at_path().append(b"".join([entry.line for entry in batch]))
         except (OSError, JournalError) as error:
-            return f"{self.path}: {_why(error)}"
+            return f"{self.path}: {_reason(error)}"
         return None
 
     def _settle(self, batch: Sequence[_Entry], error: str | None) -> None:
@@ -1757,7 +1800,7 @@ class Journal:
     # the file
 
     def _file_at_path(self) -> LogFile:
-        """Return the file at the path, mended; raise JournalError, OSError or SyncFailed.
+        """Return the file at the path, sealed; raise JournalError, OSError or SyncFailed.
 
         It is opened anew where it is another one than before: rotated, removed, or refused before.
         """
@@ -1769,7 +1812,7 @@ class Journal:
         if file is None:
             file = self._open()
         if size is None or size != file.known_size:
-            self._mend(file)
+            self._seal(file)
         return file
 
     def _open(self) -> LogFile:
@@ -1785,28 +1828,28 @@ class Journal:
         self._file = file
         return file
 
-    def _mend(self, file: LogFile) -> None:
-        event_ids = file.mend()
+    def _seal(self, file: LogFile) -> None:
+        event_ids = file.seal()
         with self._lock:
             self._remember(event_ids)
 
     def _release(self, file: LogFile) -> None:
-        """Let a file go that is no longer at the path; it is the last chance to mend it."""
+        """Let a file go that is no longer at the path; it is the last chance to seal it."""
         self._file = None
         try:
             if file.known_size is None:
                 with contextlib.suppress(OSError, JournalError):  # the next file may have space
-                    self._mend(file)
+                    self._seal(file)
         finally:
             file.close()
 
     def _start(self) -> None:
-        """Open the log and mend it; on a full disk, the first batch tries that again."""
+        """Open the log and seal it; on a full disk, the first batch tries that again."""
         file = self._open()
         try:
-            self._mend(file)
+            self._seal(file)
         except OSError as error:
-            self._failing = f"{self.path}: {_why(error)}"
+            self._failing = f"{self.path}: {_reason(error)}"
         except BaseException:
             file.close()
             raise
@@ -1905,7 +1948,8 @@ class Connection:
         self.peer = host_port((host, address[1]))
         self.socket = accepted
         self.tls: ssl.SSLObject | None = None
-        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.incoming = ssl.MemoryBIO()
+        self.outgoing = ssl.MemoryBIO()
         # Of the socket, in seconds; 0: none.
         self.timeouts = {socket.SO_RCVTIMEO: 0.0, socket.SO_SNDTIMEO: 0.0}
         self.tls_allowance = math.inf  # bytes that TLS may say before the peer's next content
@@ -1913,22 +1957,22 @@ class Connection:
         self.proven = False   # it has delivered a verified event
         self.storing = False  # its event is verified, and not answered yet
         self.interruption: type[ConnectionEnded] | None = None  # why another thread has ended it
-        self.wait_for(seconds)
+        self.restart_clock(seconds)
 
-    def wait_for(self, seconds: float) -> None:
+    def restart_clock(self, seconds: float) -> None:
         """Give the peer so many seconds from now, for whatever it is waited for."""
         self.since = time.monotonic()
         self.deadline = self.since + seconds
         self.storing = False  # it was answered
 
-    def interrupt(self, why: type[ConnectionEnded]) -> None:
-        """Have the connection's thread raise `why`, from another thread.
+    def interrupt(self, ending: type[ConnectionEnded]) -> None:
+        """Have the connection's thread raise `ending`, from another thread.
 
         A stop lets it read first what has arrived, and answer it; an eviction ends everything.
         """
-        self.interruption = why
+        self.interruption = ending
         with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RD if why is Stopped else socket.SHUT_RDWR)
+            self.socket.shutdown(socket.SHUT_RD if ending is Stopped else socket.SHUT_RDWR)
 
     def handshake(self, context: ssl.SSLContext) -> str | None:
         """Speak TLS from now on, and return None; or return what the peer speaks instead.
@@ -2053,6 +2097,8 @@ class Connection:
                 return
             data = data[sent:]
             seconds = deadline - time.monotonic()
+            if seconds <= 0:  # it takes some, but a timeout is per call
+                raise Disconnected
 
     def acknowledge(self) -> None:
         """Acknowledge what has arrived: until then, Nagle holds back the rest, mostly for 40 ms."""
@@ -2146,9 +2192,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.buffer = b""    # received, and not read yet
         self.unread = False  # more of the request may be on its way
         self.fruitless = 0   # requests in a row without an event
-        # Between two requests. A proxy's connection is so before its first one, too; the first one
-        # of others has its time since accept.
-        self.idle = self.server.settings.behind_proxy
+        # A request's time begins with its first byte. But the first request's has run since accept,
+        # unless a proxy keeps the connection ready.
+        self.clock_runs = not self.server.settings.behind_proxy
 
     def finish(self) -> None:
         self.connection.end(self.unread)
@@ -2164,10 +2210,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.respond()
         except Rejected as refusal:
             self.refuse(refusal)
-        except ConnectionEnded as why:
-            if self.answered or isinstance(why, Evicted):
+        except ConnectionEnded as ending:
+            if self.answered or isinstance(ending, Evicted):
                 raise
-            self.refuse(self.incomplete(why))
+            self.refuse(self.incomplete(ending))
         except Exception as fault:
             if self.answered:
                 raise
@@ -2175,8 +2221,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             answer = Rejected(500, "the receiver has a fault; send it again")
             self.refuse(answer, describe_fault(fault))
 
-        self.idle = True
-        self.connection.wait_for(idle_seconds(self.server.settings, self.connection.proven))
+        self.clock_runs = False
+        self.connection.restart_clock(idle_seconds(self.server.settings, self.connection.proven))
 
     def await_request(self) -> bool:
         """Wait for the first byte of a request; return whether one has come."""
@@ -2195,8 +2241,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answered = False
         self.fruitless += 1
         self.name_client(None)
-        if self.idle:
-            self.connection.wait_for(self.settings.request_timeout)
+        if not self.clock_runs:
+            self.connection.restart_clock(self.settings.request_timeout)
 
     def name_client(self, forwarded: str | None) -> None:
         self.client_host = forwarded or self.connection.host
@@ -2234,7 +2280,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Take one delivery: the path of one request, as at the top of this file."""
         self.check_length()
-        settings, authorization = self.settings, self.head.fields.get("authorization")
+        settings = self.settings
+        authorization = self.head.fields.get("authorization")
         claims = verify_token(authorization, settings.credentials, time.time(), settings.leeway)
         body = self.read_body()
         event_id = verify_body(claims, body)
@@ -2315,7 +2362,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         A sender that waits for a 100 gets it now, since its head has been found acceptable.
         """
         is_awaited = "expect" in self.head.fields and self.head.minor > 0
-        if is_awaited and not self.buffer:
+        if is_awaited and not self.buffer:  # not by `self.send`: this is no answer
             self.connection.send(b"HTTP/1.1 100 Continue\r\n\r\n", self.settings.request_timeout)
         length = self.head.length or 0
         body = self.read_chunks() if length == CHUNKED else self.read_exactly(length)
@@ -2324,7 +2371,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def read_exactly(self, count: int) -> bytes:
         """Return so many bytes; what has arrived beyond them stays in the buffer."""
-        parts, left = [self.buffer], count - len(self.buffer)
+        parts = [self.buffer]
+        left = count - len(self.buffer)
         while left > 0:
             parts.append(self.receive_more())
             left -= len(parts[-1])
@@ -2346,8 +2394,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             size = parse_chunk_size(line)
             data_left -= size
             framing_left -= len(line) + 4  # with the CRLF after it, and that after the data
-            if data_left < 0 or framing_left < 0:
+            if data_left < 0:
                 raise self.too_long()
+            if framing_left < 0:
+                raise Rejected(413, "the chunk lines are longer than the longest body")
             if size == 0:
                 break
             chunk = self.read_exactly(size + 2)
@@ -2362,12 +2412,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         _parse_fields(trailers.split("\r\n")[1:])
         return b"".join(parts)
 
-    def incomplete(self, why: ConnectionEnded) -> Rejected:
+    def incomplete(self, ending: ConnectionEnded) -> Rejected:
         """Return the refusal of a request that was not whole."""
-        if isinstance(why, DeadlineExceeded):
+        if isinstance(ending, DeadlineExceeded):
             seconds = self.settings.request_timeout
             return Rejected(408, f"the request was not whole within {seconds:g} s")
-        if isinstance(why, Stopped):
+        if isinstance(ending, Stopped):
             return Rejected(503, "the receiver is stopping; send it again", ("Retry-After", "1"))
         return Rejected(400, "the request ended before it was whole")
 
@@ -2418,7 +2468,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def refuse(self, refusal: Rejected, reason: str = "") -> None:
         """Answer by a problem (RFC 9457), and tell the operator, who alone gets the reason."""
-        status, detail = refusal.status, refusal.detail
+        status = refusal.status
+        detail = refusal.detail
         problem = json.dumps({"title": _REASONS[status], "status": status, "detail": detail})
         self.answer(status, problem.encode(), "application/problem+json", *refusal.fields)
 
@@ -2447,10 +2498,16 @@ def _log_mark(file: io.FileIO) -> str:
 
     It is a hash of the file's inode and of how its first event begins, id included.
     """
-    file.seek(0)
-    start = file.read(_ID.stop)
-    if len(start) < _ID.stop:
-        return ""
+    size = _ID.stop
+    while True:
+        file.seek(0)
+        data = file.read(size)
+        start = data.lstrip(_BLANKS + b"\n")[:_ID.stop]
+        if len(start) == _ID.stop:
+            break
+        if len(data) < size:
+            return ""
+        size *= 2  # its first line is blank
     inode = os.fstat(file.fileno()).st_ino
     return hashlib.sha256(b"%d %b" % (inode, start)).hexdigest()[:16]
 
@@ -2511,7 +2568,8 @@ class Tail:
         if not lines and self.next_file:
             if self.file:
                 self.file.close()
-            self.file, self.next_file = self.next_file, None
+            self.file = self.next_file
+            self.next_file = None
             self.offset = 0
             self.mark = _log_mark(self.file)
             lines = self._read()
@@ -2600,7 +2658,8 @@ class Guesses:
 
 def check_password(handler: Handler) -> None:
     """Let a viewer in by HTTP Basic (RFC 7617), by any user name; raise Rejected."""
-    network, guesses = network_of(handler.client_host), handler.server.guesses
+    network = network_of(handler.client_host)
+    guesses = handler.server.guesses
     if guesses.are_too_many(network, time.monotonic()):
         detail = "there were too many wrong passwords; wait a minute"
         raise Rejected(429, detail, ("Retry-After", "60"))
@@ -2640,7 +2699,7 @@ def watch_for_silence(sock: socket.socket) -> None:
 
 def has_gone(viewer: Connection) -> bool:
     """Return at once whether the viewer has gone; what else it sends is dropped."""
-    viewer.wait_for(0)
+    viewer.restart_clock(0)
     try:
         viewer.receive()
     except DeadlineExceeded:
@@ -2667,7 +2726,7 @@ def format_frames(tail: Tail, lines: bytes) -> bytes:
 def stream_events(handler: Handler, tail: Tail) -> None:
     """Send events as they come, until the viewer goes, the server stops or the password changes.
 
-    Raise Disconnected if they are not taken.
+    Raise Disconnected if they are not taken, OSError if the log cannot be read.
     """
     server = handler.server
     password = handler.settings.view_password
@@ -2698,14 +2757,19 @@ def show_events(handler: Handler) -> None:
     handler.server.seat_viewer(handler.connection)
     handler.close_connection = True
     watch_for_silence(handler.connection.socket)
-    with contextlib.closing(Tail(handler.settings.log)) as tail:
-        if last_id:
-            tail.go_after(last_id)
-        else:
-            tail.go_near_end()
-        handler.send(format_head(200, None, "text/event-stream; charset=utf-8", fields))
-        if handler.head.method == "GET":
-            stream_events(handler, tail)
+    try:
+        with contextlib.closing(Tail(handler.settings.log)) as tail:
+            if last_id:
+                tail.go_after(last_id)
+            else:
+                tail.go_near_end()
+            handler.send(format_head(200, None, "text/event-stream; charset=utf-8", fields))
+            if handler.head.method == "GET":
+                stream_events(handler, tail)
+    except OSError as error:
+        if not handler.answered:
+            raise Rejected(503, "the log cannot be read", ("Retry-After", "10")) from error
+        tell(f"{handler.client_name} live view: the log cannot be read: {_reason(error)}")
 
 
 def show_page(handler: Handler) -> None:
@@ -2724,10 +2788,10 @@ def _check_pem(flag: str, path: str, content: str) -> None:
     try:
         text = read_regular_file(path).decode("latin-1")
     except PermissionError as error:
-        raise SettingsError(f"{flag} {path}: {_why(error)}; "
+        raise SettingsError(f"{flag} {path}: {_reason(error)}; "
                             "the user that runs this program has to be able to read it") from None
     except OSError as error:
-        raise SettingsError(f"{flag} {path}: {_why(error)}") from None
+        raise SettingsError(f"{flag} {path}: {_reason(error)}") from None
     if not re.search(f"-----BEGIN (?:[A-Z]+ )?{content.upper()}-----", text):
         raise SettingsError(f"{flag} {path}: there is no PEM {content} in it; "
                             "openssl converts other formats (DER, PKCS#12)")
@@ -2739,7 +2803,10 @@ def _refuse_password() -> str:
                         "and let nobody but this program's user read it")
 
 
-X509_NOT_YET_VALID, X509_EXPIRED, X509_WRONG_HOST = 9, 10, (62, 64)  # OpenSSL's x509_vfy.h
+# OpenSSL's x509_vfy.h
+X509_NOT_YET_VALID = 9
+X509_EXPIRED = 10
+X509_WRONG_HOST = (62, 64)  # a name, an address
 
 
 def _warn_if_refused(context: ssl.SSLContext, cert: str) -> None:
@@ -2747,8 +2814,9 @@ def _warn_if_refused(context: ssl.SSLContext, cert: str) -> None:
     peer = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     peer.check_hostname = False
     peer.verify_flags |= 0x80000  # X509_V_FLAG_PARTIAL_CHAIN; it has a name in `ssl` from 3.10
-    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
-    ends = peer.wrap_bio(down, up), context.wrap_bio(up, down, server_side=True)
+    up = ssl.MemoryBIO()
+    down = ssl.MemoryBIO()
+    ends = (peer.wrap_bio(down, up), context.wrap_bio(up, down, server_side=True))
     try:
         peer.load_verify_locations(cert)
         for _ in range(3):  # turns: enough for a whole handshake
@@ -2761,12 +2829,12 @@ def _warn_if_refused(context: ssl.SSLContext, cert: str) -> None:
             advice = "look at this machine's clock first; if that is right, senders refuse it"
         tell(f"warning: --cert {cert}: {error.verify_message}; {advice}")
     except OSError:
-        pass  # another doubt than these: senders decide for themselves
+        pass  # its time is not the reason: senders decide for themselves
 
 
 _NO_PAIR = ("the first certificate in the file (that has to be your own, the chain follows it) "
             "and the key do not belong together")
-_PAIR_TROUBLES = {  # by OpenSSL's reason
+_PAIR_ERRORS = {  # by OpenSSL's reason
     "KEY_VALUES_MISMATCH": _NO_PAIR,
     "KEY_TYPE_MISMATCH": _NO_PAIR,
     "NO_CERTIFICATE_ASSIGNED": _NO_PAIR,  # nor of one kind (RSA, EC)
@@ -2798,11 +2866,11 @@ def load_context(cert: str, key: str) -> ssl.SSLContext:
     except SettingsError as error:
         raise SettingsError(f"--key {key}: {error}") from None
     except ssl.SSLError as error:
-        trouble = _PAIR_TROUBLES.get(error.reason) or (
+        reason = _PAIR_ERRORS.get(error.reason) or (
             f"they cannot be used ({error.reason or 'broken PEM'}); is one of them cut short?")
-        raise SettingsError(f"--cert {cert}, --key {key}: {trouble}") from None
+        raise SettingsError(f"--cert {cert}, --key {key}: {reason}") from None
     except OSError as error:  # removed since it was read
-        raise SettingsError(f"--cert {cert}, --key {key}: {_why(error)}") from None
+        raise SettingsError(f"--cert {cert}, --key {key}: {_reason(error)}") from None
     _warn_if_refused(context, cert)
     return context
 
@@ -2814,7 +2882,8 @@ class Certificate:
     """
 
     def __init__(self, cert: str, key: str) -> None:
-        self.cert, self.key = cert, key
+        self.cert = cert
+        self.key = key
         self.seen = self.versions()
         self.context = load_context(cert, key)
         self.next_look = 0.0
@@ -2859,7 +2928,8 @@ class Signals:
     """
 
     def __init__(self) -> None:
-        self.stop = self.hangup = False
+        self.stop = False
+        self.hangup = False
         self.reader, self._writer = socket.socketpair()
         for end in (self.reader, self._writer):
             end.setblocking(False)
@@ -2903,9 +2973,6 @@ class Signals:
             self.reader.recv(READ_SIZE)
 
 
-_NO_TURN = contextlib.nullcontext()  # of a small body, which waits for nobody
-
-
 class Receiver(socketserver.BaseServer):
     """Accepts connections, finds a place for each, and serves them in a bounded pool of threads.
 
@@ -2916,16 +2983,19 @@ class Receiver(socketserver.BaseServer):
 
     `changed` guards `connections`, `viewers`, and the choice of whom to evict (see `Connection`).
     It is notified when a connection has left. `_counting` guards `counts`. Only the accepting
-    thread has `threads`, `evictions_told` and `next_complaint`.
+    thread has `threads`, `evictions_told` and `next_complaint`, and it alone replaces `settings`,
+    `certificate` and `guesses` (`adopt`); a request reads its settings once.
     """
 
     def __init__(self, settings: Settings, journal: Journal, listeners: Sequence[socket.socket],
                  certificate: Certificate | None, signals: Signals, *,
                  inherited: bool = False) -> None:
         super().__init__(listeners[0].getsockname(), Handler)
-        self.settings, self.certificate = settings, certificate
+        self.settings = settings
+        self.certificate = certificate
         self.journal = journal
-        self.listeners, self.inherited = listeners, inherited
+        self.listeners = listeners
+        self.inherited = inherited  # they are systemd's
         self.signals = signals
         self.on_hangup: Callable[[], None] = lambda: None
 
@@ -2949,9 +3019,9 @@ class Receiver(socketserver.BaseServer):
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.selector.register(listener, selectors.EVENT_READ, listener)
         self.selector.register(signals.reader, selectors.EVENT_READ)
-        journal.on_final = signals.ask_to_stop
-        if journal.final:  # it failed before there was anybody to tell
-            signals.ask_to_stop()
+        journal.on_fatal = self.shutdown
+        if journal.fatal:  # it failed before there was anybody to tell
+            self.shutdown()
 
     @property
     def stopping(self) -> bool:
@@ -2961,7 +3031,8 @@ class Receiver(socketserver.BaseServer):
         """Use these settings for new requests, this certificate for new connections."""
         if settings.view_password != self.settings.view_password:
             self.guesses = Guesses()
-        self.settings, self.certificate = settings, certificate
+        self.settings = settings
+        self.certificate = certificate
 
     def report(self, outcome: str, message: str) -> None:
         """Count an outcome, and tell the operator of it."""
@@ -2971,6 +3042,10 @@ class Receiver(socketserver.BaseServer):
     def count(self, outcome: str) -> None:
         with self._counting:
             self.counts[outcome] += 1
+
+    def shutdown(self) -> None:
+        """Ask for a stop, from any thread. Unlike the base class's, it does not wait for it."""
+        self.signals.ask_to_stop()
 
     # the accepting thread
 
@@ -3006,7 +3081,7 @@ class Receiver(socketserver.BaseServer):
         except OSError as error:
             if error.errno in PEERS_ERRORS:
                 return True
-            self.mend_accept(error)
+            self.accept_failed(error)
             return False
 
         connection = self.admit(accepted, address)
@@ -3029,14 +3104,14 @@ class Receiver(socketserver.BaseServer):
         with self.changed:
             while len(self.connections) >= self.settings.max_connections:
                 self.evict()
-                has_left = self.changed.wait(0.1)
+                has_left = self.changed.wait(LEAVE_SECONDS)
                 if self.stopping and not has_left:  # all are storing, and the time is over
                     accepted.close()
                     return None
             self.connections.add(connection)
         return connection
 
-    def mend_accept(self, error: OSError) -> None:
+    def accept_failed(self, error: OSError) -> None:
         """Tell why no connection can be accepted; evict one where that helps, else wait a while."""
         is_shortage = error.errno in SHORTAGES
         advice = "does a firewall or a security module of this machine forbid it?"
@@ -3044,7 +3119,7 @@ class Receiver(socketserver.BaseServer):
             advice = ("raise the open-file limit (LimitNOFILE=, ulimit -n), "
                       "or lower --max-connections")
         if self.is_due("accept"):
-            tell(f"cannot accept: {_why(error)}; {advice}")
+            tell(f"cannot accept: {_reason(error)}; {advice}")
         if is_shortage:
             self.relieve()
         else:
@@ -3054,7 +3129,7 @@ class Receiver(socketserver.BaseServer):
         """Evict a connection, but not the newcomer, to free its descriptor and its thread."""
         with self.changed:
             self.evict(newcomer)
-            self.changed.wait(0.1)
+            self.changed.wait(LEAVE_SECONDS)
 
     def evict(self, newcomer: Connection | None = None) -> None:
         """Cut the connection that has waited longest for its request, if there is one.
@@ -3089,11 +3164,11 @@ class Receiver(socketserver.BaseServer):
             self.changed.notify_all()
 
     def turn_of(self, body: bytes) -> contextlib.AbstractContextManager[object]:
-        """Return what a large body waits for, so that one at a time is parsed and formatted.
+        """Return the context in which a body is parsed and formatted: of large ones, one at a time.
 
         Eight of the most expensive kind together made everybody wait for 3.5 s; 128 took 757 MiB.
         """
-        return self.large_body if len(body) > LARGE_BODY else _NO_TURN
+        return self.large_body if len(body) > LARGE_BODY else contextlib.nullcontext()
 
     def tell_evictions(self) -> None:
         """Tell how many connections were evicted since that was told last."""
@@ -3149,7 +3224,7 @@ class Receiver(socketserver.BaseServer):
             with self.changed:
                 self.connections.discard(connection)
                 self.viewers.discard(connection)
-                connection.socket.close()
+                connection.socket.close()  # in here: `interrupt` could meet its number's next owner
                 self.changed.notify_all()
 
     def secure(self, connection: Connection, context: ssl.SSLContext) -> bool:
@@ -3168,10 +3243,10 @@ class Receiver(socketserver.BaseServer):
 
         text = b"This port speaks https: use https:// in the URL.\n"
         head = format_head(400, len(text), "text/plain; charset=utf-8", [("Connection", "close")])
-        hint = "the URL has to begin with https://"
+        advice = "the URL has to begin with https://"
         if spoken == PROXY_PROTOCOL:
-            hint = NO_PROXY_PROTOCOL
-        self.report("refused", f"{connection.peer} refused 400 {spoken} on the TLS port: {hint}")
+            advice = NO_PROXY_PROTOCOL
+        self.report("refused", f"{connection.peer} refused 400 {spoken} on the TLS port: {advice}")
         connection.send(head + text, self.settings.request_timeout)
         connection.end(unread=True)
         return False
@@ -3195,8 +3270,9 @@ class Receiver(socketserver.BaseServer):
     def take_backlog(self, deadline: float) -> None:
         """Accept who waits in the queue; what waits with systemd is for our successor."""
         for listener in self.listeners:
-            while not self.inherited and time.monotonic() < deadline and self.accept(listener):
-                pass
+            has_more = not self.inherited
+            while has_more and time.monotonic() < deadline:
+                has_more = self.accept(listener)
             listener.close()
 
     def wait_for_answers(self, grace_deadline: float, deadline: float) -> None:
@@ -3233,7 +3309,7 @@ def _addresses(host: str, port: int) -> dict[tuple[Any, ...], int]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise SettingsError(f"--host {host}: {_why(error)}; "
+        raise SettingsError(f"--host {host}: {_reason(error)}; "
                             "it has to be an address or a name of this machine") from None
     return {address: family for family, _, _, _, address in found}
 
@@ -3256,14 +3332,15 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
     listeners: list[socket.socket] = []
     failures: list[str] = []
     for (name, _, *scope), family in _addresses(host, port).items():
-        # Of port 0 the kernel chooses one, once.
-        address = (name, listeners[0].getsockname()[1] if listeners else port, *scope)
+        if listeners:  # of port 0 the kernel has chosen one, for all addresses
+            port = listeners[0].getsockname()[1]
+        address = (name, port, *scope)
         try:
             listener = socket.create_server(address, family=family, backlog=ACCEPT_QUEUE)
             listeners.append(listener)
         except OSError as error:
-            why = os.strerror(error.errno) if error.errno else str(error)
-            failures.append(f"cannot listen on {host_port(address)}: {why}; "
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            failures.append(f"cannot listen on {host_port(address)}: {reason}; "
                             + _listen_advice(error.errno, port))
     if not listeners:
         raise SettingsError(failures[-1])
@@ -3298,7 +3375,8 @@ def take_listeners() -> list[socket.socket]:
                 raise ValueError(f"descriptor {number} is not a listening TCP socket")
             os.set_inheritable(number, False)
     except (OSError, ValueError) as error:
-        raise SettingsError(f"LISTEN_FDS={count}: {_why(error)}; check the socket unit") from None
+        raise SettingsError(f"LISTEN_FDS={count}: {_reason(error)}; "
+                            "check the socket unit") from None
     return listeners
 
 
@@ -3325,7 +3403,7 @@ def notify(state: str) -> None:
             channel.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
     except OSError as error:
         first = state.partition("\n")[0]
-        tell(f"warning: NOTIFY_SOCKET {path}: {_why(error)}; systemd was not told {first}")
+        tell(f"warning: NOTIFY_SOCKET {path}: {_reason(error)}; systemd was not told {first}")
 
 
 # --- HTTP clients: what the sender and fetch share ---
@@ -3385,14 +3463,14 @@ def describe_no_answer(error: Exception) -> str:
     """Return why there was no answer, in words for an operator."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return describe_distrust(error)
-    why = _why(error) or type(error).__name__
+    reason = _reason(error) or type(error).__name__
     if isinstance(error, ssl.SSLError) and error.reason == "WRONG_VERSION_NUMBER":
         return "what answers there does not speak HTTPS; is it https in the URL, or http?"
     if isinstance(error, socket.gaierror):
-        return f"{why}; is the name in the URL right?"
+        return f"{reason}; is the name in the URL right?"
     if isinstance(error, (TimeoutError, socket.timeout)):
-        return f"{why}; does a firewall keep the port closed?"
-    return why
+        return f"{reason}; does a firewall keep the port closed?"
+    return reason
 
 
 # --- The sender: what Skype Interviews does, for trying things out ---
@@ -3449,26 +3527,30 @@ class Tally:
         self.taken: list[float] = []  # milliseconds that each took
         self.refused = 0
         self.last: dict[str, Any] = {}  # the answer to the last one that was taken
-        self.trouble = ""  # of the last one that was not
+        self.last_failure = ""  # the reason of the last one that was not taken
+        self._lock = threading.Lock()  # guards the count of the refused
 
     def add(self, status: int, answer: dict[str, Any], milliseconds: float) -> None:
         if status == 200:
             self.taken.append(milliseconds)
             self.last = answer
         else:
-            self.fail(f"refused: {status} {_REASONS.get(status, '')}: {answer.get('detail', '')}")
+            phrase = _REASONS.get(status, "")
+            self.fail(f"refused: {status} {phrase}: {answer.get('detail', '')}".rstrip())
 
-    def fail(self, trouble: str) -> None:
-        self.refused += 1
-        self.trouble = trouble
+    def fail(self, reason: str) -> None:
+        with self._lock:
+            self.refused += 1
+            self.last_failure = reason
 
     def describe(self, seconds: float, busy: float) -> str:
         """Return rate and latency, over `seconds` in which this process took `busy` s of CPU time.
 
-        Its threads share the interpreter lock, and so do not keep a whole processor busy.
+        Its threads share the interpreter lock: they are at their limit before one processor is.
         """
         times = sorted(self.taken) or [math.nan]
-        p50, p99 = times[len(times) // 2], times[len(times) * 99 // 100]
+        p50 = times[len(times) // 2]
+        p99 = times[len(times) * 99 // 100]
         text = (f"{len(self.taken)} delivered, {self.refused} refused in {seconds:.2f} s: "
                 f"{len(self.taken) / seconds:.0f}/s, p50 {p50:.2f} ms, p99 {p99:.2f} ms")
         if busy > 0.6 * seconds:
@@ -3486,10 +3568,10 @@ def deliver_turns(
             try:
                 status, answer = sender.deliver(body())
             except (OSError, ValueError, http.client.HTTPException) as error:
-                trouble = describe_no_answer(error)
+                reason = describe_no_answer(error)
                 if isinstance(error, ConnectionRefusedError):
-                    trouble += "; is the receiver running there?"
-                tally.fail(f"not delivered: {trouble}")
+                    reason += "; is the receiver running there?"
+                tally.fail(f"not delivered: {reason}")
                 return
             tally.add(status, answer, (time.perf_counter() - begun) * 1000)
 
@@ -3671,13 +3753,26 @@ def read_codes(words: Sequence[str]) -> Iterator[str]:
 
 # --- The timeline: the log in, each interview's course out ---
 
-# SGR, by how a stage's name ends
-_COLOURS = {"Failed": "31", "Canceled": "90", "Archived": "90", "Completed": "32"}
+# Select Graphic Rendition, ECMA-48
+_RED = "31"
+_GREEN = "32"
+_YELLOW = "33"
+_CYAN = "36"
+_GREY = "90"
+# By how a stage's name ends.
+_COLOURS = {"Failed": _RED, "Canceled": _GREY, "Archived": _GREY, "Completed": _GREEN}
 
 StagePair = tuple[str, str]  # the names of previousStage and currentStage, "" where there is none
-# An event as a plain tuple: interview, time and recordedtime (in ticks since 1970), a hash of its
-# id, stages. Such tuples sort into courses by themselves, and a million of them take 300 MiB.
-Row = tuple[str, int, int, int, StagePair]
+
+
+class Row(NamedTuple):
+    """An event in a log. Rows sort into courses by themselves; a million of them take 300 MiB."""
+
+    interview: str
+    time: int       # in ticks since 1970
+    recorded: int   # when it arrived, likewise
+    id_hash: int    # of its id
+    stages: StagePair
 
 
 @dataclasses.dataclass
@@ -3706,9 +3801,9 @@ def check_log(path: str, may_be_missing: bool) -> None:
             raise SettingsError(f"{path}: {advice}") from None
     except PermissionError as error:
         advice = "run this as the user that the receiver runs as"
-        raise SettingsError(f"{path}: {_why(error)}; {advice}") from None
+        raise SettingsError(f"{path}: {_reason(error)}; {advice}") from None
     except OSError as error:
-        raise SettingsError(f"{path}: {_why(error)}") from None
+        raise SettingsError(f"{path}: {_reason(error)}") from None
 
 
 def check_logs(paths: Sequence[str], follow: bool) -> list[str]:
@@ -3732,13 +3827,6 @@ def open_to_read(path: str) -> BinaryIO:
     return open(path, "rb")
 
 
-def _stage_name(data: object, name: str) -> str:
-    """Return a stage's name in an event's data, "" where there is none."""
-    stage = data.get(name) if isinstance(data, dict) else None
-    value = stage.get("value") if isinstance(stage, dict) else None
-    return value if isinstance(value, str) else ""
-
-
 @lru_cache(maxsize=1024)  # the same few pairs stand in every line: each is kept in memory once
 def _stage_pair(previous: str, stage: str) -> StagePair:
     return previous, stage
@@ -3748,16 +3836,17 @@ def parse_row(line: bytes) -> Row:
     """Return the event in one line of a log; raise ValueError if there is none."""
     event = _decode_object(line, _JSON, DEPTH_LIMIT + 1)  # the envelope is a container, too
     code = event.get("subject", "-")
-    recorded = event.get("recordedtime")
-    sent = event.get("time", recorded)
+    recorded: Any = event.get("recordedtime")
+    sent: Any = event.get("time", recorded)
     for value in (event.get("id"), code, recorded, sent):
         if not isinstance(value, str):
             raise ValueError("id, subject, recordedtime and time are text")
 
     id_hash = hash(event["id"]) & (2**60 - 1)  # a longer number would take more memory
     data = event.get("data")
-    stages = _stage_pair(_stage_name(data, "previousStage"), _stage_name(data, "currentStage"))
-    return code, parse_time(str(sent)), parse_time(str(recorded)), id_hash, stages
+    stages = _stage_pair(_stage_name(data, "previousStage") or "",
+                         _stage_name(data, "currentStage") or "")
+    return Row(code, parse_time(sent), parse_time(recorded), id_hash, stages)
 
 
 def parse_rows(lines: Iterable[bytes], only: str | None, skipped: Counter[str]) -> Iterator[Row]:
@@ -3771,7 +3860,7 @@ def parse_rows(lines: Iterable[bytes], only: str | None, skipped: Counter[str]) 
         except ValueError:
             skipped["foreign" if line.strip() else "blank"] += 1
             continue
-        if only is None or row[0] == only:
+        if only is None or row.interview == only:
             yield row
 
 
@@ -3779,13 +3868,14 @@ def make_steps(rows: Iterable[Row]) -> list[Step]:
     """Return an interview's course. Its rows are sorted, and may hold an event more than once."""
     once: dict[int, Row] = {}
     for row in rows:
-        once.setdefault(row[3], row)  # of an event in several logs, its first arrival
+        once.setdefault(row.id_hash, row)  # of an event in several logs, its first arrival
 
     steps = []
     before = ""
-    for _, when, recorded, _, (previous, stage) in once.values():
+    for row in once.values():
+        previous, stage = row.stages
         has_gap = before != "" and stage != "" and previous != before
-        steps.append(Step(when, recorded, previous, stage, gap=has_gap))
+        steps.append(Step(row.time, row.recorded, previous, stage, gap=has_gap))
         before = stage or before
 
     for step, following in zip(steps, steps[1:]):
@@ -3863,26 +3953,26 @@ def as_text(code: str, steps: Sequence[Step], width: int | None, colours: bool) 
 
 def _coloured(line: str, step: Step) -> str:
     """Return a line in the colour of its stage, or of what is odd about it."""
-    colour = "36"
+    colour = _CYAN
     for end, its_colour in _COLOURS.items():
         if step.stage.endswith(end):
             colour = its_colour
     if step.gap or step.late:
-        colour = "33"
+        colour = _YELLOW
     return f"\x1b[{colour}m{line}\x1b[0m"
 
 
 def show_courses(rows: list[Row], as_objects: bool) -> None:
-    """Print each interview's course, the one with the latest event at the end; sort `rows`."""
+    """Print each interview's course, the one with the latest event at the end. It sorts `rows`."""
     terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if terminal else None
     colours = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
     rows.sort()
-    latest = {row[0]: row[1] for row in rows}  # of each interview, the time of its last row
-    rows.sort(key=lambda row: latest[row[0]])  # stable: an interview's rows stay together
+    latest = {row.interview: row.time for row in rows}  # the last row of each one stays
+    rows.sort(key=lambda row: latest[row.interview])  # stable: an interview's rows stay together
 
-    for code, its_rows in itertools.groupby(rows, key=operator.itemgetter(0)):
+    for code, its_rows in itertools.groupby(rows, key=lambda row: row.interview):
         steps = make_steps(its_rows)
         print(as_json(code, steps) if as_objects else as_text(code, steps, width, colours))
     sys.stdout.flush()
@@ -3917,7 +4007,8 @@ def missing_promises() -> str:
 
 def run(receiver: Receiver) -> int:
     """Serve until a signal says stop; return the exit code."""
-    settings, journal = receiver.settings, receiver.journal
+    settings = receiver.settings
+    journal = receiver.journal
     urls = listening_urls(receiver.listeners, settings)
     tell(f"listening on {urls}, log {os.path.abspath(settings.log)}")
     missing = missing_promises()
@@ -3932,19 +4023,20 @@ def run(receiver: Receiver) -> int:
 
     counts = [f"{count} {outcome}" for outcome, count in receiver.counts.items()]
     tell(f"stopped: {', '.join(counts)}")
-    if journal.final:
-        tell(f"error: {journal.final}: it cannot be known what is on the disk; start again")
-    return 1 if journal.final else 0
+    if journal.fatal:
+        tell(f"error: {journal.fatal}: it cannot be known what is on the disk; start again")
+    return 1 if journal.fatal else 0
 
 
 def reload_settings(receiver: Receiver, options: argparse.Namespace) -> None:
     """Read env file and certificates again (SIGHUP); what is wrong changes nothing."""
     notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
-        new = load_serving(options)
+        new = load_settings(options)
         fixed = {name: getattr(receiver.settings, name) for name in FIXED}
         changed = [name for name, value in fixed.items() if getattr(new, name) != value]
         new = dataclasses.replace(new, **fixed)
+        check_serving(new)
         receiver.adopt(new, load_certificate(new))
 
         message = "settings and certificate were read again"
@@ -3958,11 +4050,12 @@ def reload_settings(receiver: Receiver, options: argparse.Namespace) -> None:
 
 def serve(options: argparse.Namespace) -> int:
     """Receive events until a signal says stop."""
-    settings = load_serving(options)
+    settings = load_settings(options)
+    check_serving(settings)
     certificate = load_certificate(settings)
     with Signals() as signals, open_journal(settings.log) as journal:
         inherited = take_listeners()
-        listeners = inherited or open_listeners(settings.host, settings.port)
+        listeners = inherited or open_listeners(settings.listening_host, settings.port)
         receiver = Receiver(settings, journal, listeners, certificate, signals,
                             inherited=bool(inherited))
         receiver.on_hangup = lambda: reload_settings(receiver, options)
@@ -3974,7 +4067,8 @@ def make_certificate(folder: str) -> tuple[str, str]:
 
     Raise SettingsError.
     """
-    cert, key = os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem")
+    cert = os.path.join(folder, "cert.pem")
+    key = os.path.join(folder, "key.pem")
     command = ["openssl", "req", "-x509", "-newkey", "ec",
                "-pkeyopt", "ec_paramgen_curve:prime256v1",
                "-nodes", "-days", "7", "-subj", "/CN=localhost",
@@ -3996,7 +4090,8 @@ def show_delivery(url: str, credential: Credential, folder: str) -> None:
 
     Raise OSError, http.client.HTTPException, or ValueError where it was refused.
     """
-    cert, log = os.path.join(folder, "cert.pem"), os.path.join(folder, "events.jsonl")
+    cert = os.path.join(folder, "cert.pem")
+    log = os.path.join(folder, "events.jsonl")
     body = sample_event("SchedulingTime", "1c519c56-1712-1e89-1c3e-743ecbedd117", time.time())
     with contextlib.closing(Sender(url, credential, client_context(cert, False))) as sender:
         status, answer = sender.deliver(body)
@@ -4069,7 +4164,7 @@ def send(options: argparse.Namespace) -> int:
     try:
         stored = pathlib.Path(options.file).read_bytes() if options.file else None
     except OSError as error:
-        raise SettingsError(f"--file {options.file}: {_why(error)}") from None
+        raise SettingsError(f"--file {options.file}: {_reason(error)}") from None
 
     def body() -> bytes:
         if stored is not None:
@@ -4078,7 +4173,8 @@ def send(options: argparse.Namespace) -> int:
 
     senders = [Sender(options.url, credential, context)
                for _ in range(min(options.count, options.concurrency))]
-    begun, busy = time.perf_counter(), time.process_time()
+    begun = time.perf_counter()
+    busy = time.process_time()
     tally = deliver_concurrently(senders, options.count, body)
 
     if options.count > 1:
@@ -4087,7 +4183,7 @@ def send(options: argparse.Namespace) -> int:
         outcome = f"{tally.last.get('status')} {tally.last.get('id')}"
         print(printable(f"{outcome} in {tally.taken[0]:.1f} ms"))
     if tally.refused:
-        say(f"error: {tally.trouble.strip()}")
+        say(f"error: {tally.last_failure}")
     return 0 if len(tally.taken) == options.count else 1
 
 
@@ -4135,7 +4231,7 @@ def read_log(path: str, only: str | None, rows: list[Row], skipped: Counter[str]
         with open_to_read(path) as file:
             rows.extend(parse_rows(file, only, skipped))
     except (OSError, EOFError, zlib.error) as error:  # a .gz file that is cut short, or is none
-        say(f"error: {path}: {_why(error)}")
+        say(f"error: {path}: {_reason(error)}")
         return False
     return True
 
@@ -4149,12 +4245,12 @@ def read_tails(tails: Sequence[Tail], only: str | None, skipped: Counter[str]) -
     return rows
 
 
-def show_changes(rows: list[Row], new: Sequence[Row], as_json: bool) -> None:
+def show_changes(rows: list[Row], new: Sequence[Row], as_objects: bool) -> None:
     """Add new events to `rows`, and print the whole course of each interview that they concern."""
     if new:
         rows += new
-        changed = {row[0] for row in new}
-        show_courses([row for row in rows if row[0] in changed], as_json)
+        changed = {row.interview for row in new}
+        show_courses([row for row in rows if row.interview in changed], as_objects)
 
 
 @contextlib.contextmanager
@@ -4319,9 +4415,11 @@ def describe_all() -> str:
 def make_parser(name: str) -> Parser:
     """Return the parser of one command's arguments."""
     program = os.path.basename(sys.argv[0]) or "skype_webhook.py"
-    description, epilog = COMMANDS[name].help, None
+    description = COMMANDS[name].help
+    epilog = None
     if name == "serve":
-        description, epilog = (__doc__ or "").partition("\n")[0], describe_all()
+        description = (__doc__ or "").partition("\n")[0]
+        epilog = describe_all()
     else:
         program += f" {name}"
     parser = Parser(program, description=description, epilog=epilog, allow_abbrev=False,
@@ -4388,7 +4486,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"error: {name}: interrupted")
         return 1
     except OSError as error:  # a stdout that is full, or closed at its other end
-        say(f"error: {name}: {_why(error)}")
+        say(f"error: {name}: {_reason(error)}")
         drop_stdout()
         return 1
     except Exception as error:
@@ -4508,8 +4606,13 @@ Send a first one, on the receiver's machine and in its folder:<br>
 
 <script>
 "use strict";
-const STAGES = new Map(Object.entries({STAGES})), OPENED = Date.now();
-const ROWS = 500, STEPS = 40;  // shown at most: of the interviews, and of the steps of each
+const STAGES = new Map(Object.entries({STAGES}));
+const OPENED = Date.now();
+const ROWS = 500;   // shown at most: of the interviews,
+const STEPS = 40;   // and of the steps of each
+const FIRST_WAIT = 2000;  // ms before a lost connection is tried again: at first, and at most
+const LAST_WAIT = 30000;
+const SILENCE = 40000;    // ms without a heartbeat, which is due each 15 s
 const SIGNS = {Created: "+", Time: "?", Started: "\u25b6", Collecting: "\u2026",
   Completed: "\u2713", Failed: "!", Canceled: "\u00d7", Archived: "="};
 const TODAY = new Intl.DateTimeFormat([], {timeStyle: "short"});
@@ -4596,14 +4699,16 @@ function breakable(text) {  // a narrow column breaks InterviewStarted before St
 function duration(seconds) {
   const units = [[86400, "d", 3600, "h"], [3600, "h", 60, "min"], [60, "min", 1, "s"]];
   for (const [size, unit, part, its] of units) {
-    const count = Math.floor(seconds / size), rest = Math.floor(seconds % size / part);
+    const count = Math.floor(seconds / size);
+    const rest = Math.floor(seconds % size / part);
     if (count) return `${count} ${unit}` + (rest ? ` ${rest} ${its}` : "");
   }
   return seconds >= 1 ? `${Math.floor(seconds)} s` : "under 1 s";
 }
 
 function when(date) {
-  const now = new Date(), minutes = Math.floor((now - date) / 60000);
+  const now = new Date();
+  const minutes = Math.floor((now - date) / 60000);
   if (minutes === 0 || minutes === -1) return "just now";  // -1: its clock is a little ahead
   if (minutes > 0 && minutes < 60) return `${minutes} min ago`;
   if (date.toDateString() === now.toDateString()) return TODAY.format(date);
@@ -4619,7 +4724,8 @@ function clock({date, time, recorded}) {  // the exact time on hover
 
 function keepTime() {
   for (const time of document.querySelectorAll("time.young")) {
-    const date = new Date(time.dateTime), text = when(date);
+    const date = new Date(time.dateTime);
+    const text = when(date);
     if (time.textContent !== text) time.textContent = text;
     time.className = ageOf(date);
   }
@@ -4640,7 +4746,8 @@ function meaning({stage, readable}) {
 }
 
 function item(step, i, steps) {
-  const after = steps[i + 1], times = make("div", {className: "small"}, clock(step));
+  const after = steps[i + 1];
+  const times = make("div", {className: "small"}, clock(step));
   const seconds = after && (after.date - step.date) / 1000;
   if (after) times.append(" \u00b7 ", make("span", {}, duration(seconds)));
   const gap = step.gap ? make("em", {}, "gap: came from ", ...breakable(named(step.previous))) : "";
@@ -4656,7 +4763,8 @@ function makeRow(code) {
 }
 
 function fill(interview) {  // the row and its link stay, so that focus does
-  const {code, now, steps} = interview, hidden = Math.max(0, steps.length - STEPS);
+  const {code, now, steps} = interview;
+  const hidden = Math.max(0, steps.length - STEPS);
   interview.row ??= makeRow(code);
   const [, stage, path, time] = interview.row.cells;
   const metadata = make("div", {className: "small metadata"}, shown(now.metadata));
@@ -4674,7 +4782,9 @@ function fill(interview) {  // the row and its link stay, so that focus does
 }
 
 function arrange(rows) {  // moving as few as can be
-  const table = $("rows"), held = document.activeElement, row = held.closest("#rows tr");
+  const table = $("rows");
+  const held = document.activeElement;
+  const row = held.closest("#rows tr");
   rows.forEach((each, i) => {
     if (table.children[i] !== each) table.insertBefore(each, table.children[i] ?? null);
   });
@@ -4713,8 +4823,11 @@ function render() {
 
 // --- The connection. With the id of the last event that it got, a new one misses nothing. ---
 
-let source, retry, wait = 2000, last = "";
-let heard;  // when the receiver was last heard of
+let source;             // an EventSource
+let last = "";          // id of the last event
+let heard;              // when the receiver was last heard of
+let retry;              // the next try,
+let wait = FIRST_WAIT;  // and how long it waits
 
 function listen(message) {
   heard = Date.now();
@@ -4735,7 +4848,7 @@ function connect() {
   heard = Date.now();
   source = new EventSource(`${location.origin}${location.pathname}events?after=${last}`);
   source.onopen = () => {
-    wait = 2000;
+    wait = FIRST_WAIT;
     say("live");
     due ||= setTimeout(render, 500);  // an empty log sends nothing
   };
@@ -4750,7 +4863,7 @@ function reconnect() {  // by a new source: the browser's own stops at a 503
   say("reconnecting");
   clearTimeout(retry);
   retry = setTimeout(connect, wait);
-  wait = Math.min(2 * wait, 30000);  // or a page with an old password uses up the attempts
+  wait = Math.min(2 * wait, LAST_WAIT);  // or a page with an old password uses up the attempts
 }
 
 function filterByHash() {
@@ -4769,7 +4882,7 @@ $("origin").textContent = location.origin;
 onhashchange = filterByHash;
 setInterval(keepTime, 10000);
 setInterval(() => {
-  if (Date.now() - heard > 40000) reconnect();  // no heartbeat: it slept, or the network has gone
+  if (Date.now() - heard > SILENCE) reconnect();  // it slept, or the network has gone
 }, 5000);
 connect();
 filterByHash();
