@@ -490,12 +490,14 @@ SETTINGS = {f"SKYPE_{name.upper()}": name for name in OPTIONS}  # as the environ
 CREDENTIALS = ("SKYPE_API_KEY", "SKYPE_API_SECRET",
                "SKYPE_API_KEY_PREVIOUS", "SKYPE_API_SECRET_PREVIOUS")
 SECRETS = ("SKYPE_API_SECRET", "SKYPE_API_SECRET_PREVIOUS")
+PASTED = (*CREDENTIALS, "SKYPE_VIEW_PASSWORD")  # copied, and with them what cannot be seen
 FIXED = ("host", "port", "log", "max_connections", "behind_proxy")  # until a restart
 VARIABLES = {*SETTINGS, *(f"{name}_FILE" for name in SECRETS)}
 _ENV_LINE = re.compile(  # quotes are taken off, as the shell and systemd do
     r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(?:\"(.*)\"|'(.*)'|(.*?))\s*")
 # White space, byte order marks, and characters without a width: what copying adds, unseen.
 _UNSEEN = r"[\s\ufeff\u180e\u200b-\u200f\u2060-\u2064]+"
+_QUOTES = tuple("\"'`\u2018\u2019\u201a\u201c\u201d\u201e")
 _UNSEEN_ENDS = re.compile(rf"\A{_UNSEEN}|{_UNSEEN}\Z")
 
 
@@ -542,13 +544,14 @@ def read_env_file(path: str | None) -> dict[str, str]:
     name = path or ".env"
     try:
         text = read_regular_file(name).decode("utf-8-sig")
-    except UnicodeError:
-        raise SettingsError(f"env file {name}: it is not text in UTF-8; save it as that") from None
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        reason = "it is not text in UTF-8; save it as that"
+        if isinstance(error, OSError):
+            reason = _reason(error)
         if path is not None:
-            raise SettingsError(f"--env-file {path}: {_reason(error)}") from None
+            raise SettingsError(f"--env-file {path}: {reason}") from None
         if not isinstance(error, FileNotFoundError):
-            tell(f"warning: .env: {_reason(error)}; none of its settings is used")
+            tell(f"warning: .env: {reason}; none of its settings is used")
         return {}
     if os.name == "posix":
         _warn_if_others_can_read(name)
@@ -587,7 +590,7 @@ def _read_secret_file(name: str, path: str) -> str:
 def _look_up(name: str, source: Mapping[str, str]) -> str:
     """Return a setting's text from environment or env file, "" where it is not set.
 
-    Key and secret lose what cannot be seen at their ends. Raise SettingsError.
+    Key, secret and password lose what cannot be seen at their ends. Raise SettingsError.
     """
     text = source.get(name, "")
     path = source.get(f"{name}_FILE", "") if name in SECRETS else ""
@@ -595,20 +598,20 @@ def _look_up(name: str, source: Mapping[str, str]) -> str:
         raise SettingsError(f"{name} and {name}_FILE are both set; keep one")
     if path:
         text = _read_secret_file(f"{name}_FILE", path)
-    return _UNSEEN_ENDS.sub("", text) if name in CREDENTIALS else text
+    return _UNSEEN_ENDS.sub("", text) if name in PASTED else text
 
 
 def _warn_if_odd(name: str, text: str) -> None:
     """Warn of a key or secret that is hardly meant as it stands; `send` would not show it."""
-    if text and text[0] == text[-1] and text[0] in "\"'":
-        tell(f"warning: {name} is in quotes, which count as part of it; take them off "
-             "(docker --env-file keeps them)")
+    if text.startswith(_QUOTES) or text.endswith(_QUOTES):
+        tell(f"warning: {name} begins or ends with a quote, which counts as part of it; "
+             "take quotes off (docker --env-file keeps them)")
     elif re.search(r"\s#", text):
         tell(f"warning: {name} holds a space and a #; if that begins a comment, give the comment "
              "a line of its own, for here it counts as part of the value")
     elif not text.isprintable():
         tell(f"warning: {name} holds characters that cannot be seen; "
-             "copy it anew from the API settings page")
+             "type it, or copy it anew")
 
 
 def load_settings(options: argparse.Namespace) -> Settings:
@@ -631,7 +634,7 @@ def load_settings(options: argparse.Namespace) -> Settings:
                 raise SettingsError(f"{variable} ({option.flag}): {error}") from None
         values[name] = value
 
-    for variable in CREDENTIALS:
+    for variable in PASTED:
         _warn_if_odd(variable, values.get(SETTINGS[variable], ""))
     return Settings(**values)
 
@@ -1237,6 +1240,13 @@ _SEALED = {
     "torn": "sealed {path}: its last {size} bytes were not a whole line (a crash?)",
     "foreign": "warning: {path}: its last {size} bytes are no event; they got a newline, and stay",
 }
+_PATH_ADVICE = {
+    errno.ENOENT: "; make its folder first",
+    errno.ENOTDIR: "; name a file, like events.jsonl",
+    errno.EISDIR: "; name a file, like events.jsonl",
+    errno.EACCES: "; the user that runs this program has to be able to write it and its folder",
+}
+_GZIP_START = b"\x1f\x8b"  # RFC 1952 section 2.3.1
 _BLANKS = b" \0"  # a power cut leaves NULs, a seal that was cut short spaces
 _UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}  # NFS, FUSE, CIFS
 
@@ -1363,9 +1373,9 @@ class LogFile:
         self.known_size: int | None = None
         self._has_event = False  # that is durable, and says whose file this is
         self._remains: tuple[int, bytes] | None = None  # of a failed batch, and their offset
-        self._target = os.path.realpath(path)  # of a symbolic link, also of a dangling one
+        self._folder = os.path.dirname(os.path.realpath(path))  # of a symbolic link's target
         with contextlib.suppress(FileNotFoundError):
-            _check_kind(os.stat(self._target))  # before it is opened: a pipe would block
+            _check_kind(os.stat(path))  # before it is opened: a pipe would block
 
         with contextlib.ExitStack() as opened:  # closes them again if the rest fails
             self._appender = opened.enter_context(self._open(os.O_APPEND | os.O_CREAT))
@@ -1380,7 +1390,7 @@ class LogFile:
 
     def _open(self, flags: int) -> io.FileIO:
         flags |= os.O_RDWR | getattr(os, "O_BINARY", 0)
-        return io.FileIO(os.open(self._target, flags, 0o600), "r+")
+        return io.FileIO(os.open(self.path, flags, 0o600), "r+")
 
     def size_at_path(self) -> int | None:
         """Return the size in bytes, or None if the path does not lead to this file any more.
@@ -1462,8 +1472,8 @@ class LogFile:
 
     def _refuse(self) -> NoReturn:
         """Raise JournalError for a file that is somebody else's."""
-        is_gzip = self._read(0, 2) == b"\x1f\x8b"
-        reason = "it is compressed (gzip)" if is_gzip else "it holds no event"
+        is_packed = self._read(0, 2) == _GZIP_START
+        reason = "it is compressed (gzip)" if is_packed else "it holds no event"
         raise JournalError(f"{reason}, so it is no log of this program, and stays as it is; "
                            "move it away, or choose another log")
 
@@ -1474,7 +1484,7 @@ class LogFile:
         """
         found = self.read_back(RECENT_IDS)
         _sync(self._appender.fileno())  # whoever wrote and made it may not have done so
-        is_named = _sync_folder(os.path.dirname(self._target))
+        is_named = _sync_folder(self._folder)
         if not self._is_locked:
             self.warn(f"warning: {self.path}: this file system cannot lock: "
                       "nothing keeps a second receiver off this log; do not start one")
@@ -1656,8 +1666,11 @@ class Journal:
         self._closing = False
         try:
             self._start()
-        except (OSError, SyncFailed) as error:
-            raise JournalError(_reason(error)) from None
+        except OSError as error:
+            advice = _PATH_ADVICE.get(error.errno or 0, "")
+            raise JournalError(f"{_reason(error)}{advice}") from None
+        except SyncFailed as error:
+            raise JournalError(str(error)) from None
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
@@ -2156,9 +2169,10 @@ def forwarded_for(fields: dict[str, str]) -> str | None:
     if not match:
         return None
     try:
-        return str(ipaddress.ip_address(match[1] or match[2] or match[3]))
+        address = ipaddress.ip_address(match[1] or match[2] or match[3])
     except ValueError:
         return None
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def allowed_methods(path: str, settings: Settings) -> list[str]:
@@ -3302,16 +3316,25 @@ class Receiver(socketserver.BaseServer):
 def _addresses(host: str, port: int) -> dict[tuple[Any, ...], int]:
     """Return the addresses that `host` stands for, each with its family; raise SettingsError.
 
-    An empty one, * and :: are all addresses of both families.
+    An empty one, * and :: (however it is spelt) are all addresses of both families. It may have
+    the brackets that it has in a URL.
     """
+    both: dict[tuple[Any, ...], int] = {
+        ("::", port): socket.AF_INET6,
+        ("0.0.0.0", port): socket.AF_INET,
+    }
+    host = host.removeprefix("[").removesuffix("]")
     if host in ("", "*", "::"):
-        return {("::", port): socket.AF_INET6, ("0.0.0.0", port): socket.AF_INET}
+        return both
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise SettingsError(f"--host {host}: {_reason(error)}; "
-                            "it has to be an address or a name of this machine") from None
-    return {address: family for family, _, _, _, address in found}
+        raise SettingsError(f"--host {host}: {_reason(error)}; it has to be an address or a name "
+                            "of this machine; a port is for --port") from None
+    addresses: dict[tuple[Any, ...], int] = {
+        address: family for family, _, _, _, address in found
+    }
+    return both if any(address[0] == "::" for address in addresses) else addresses
 
 
 def _listen_advice(number: int | None, port: int) -> str:
@@ -3321,6 +3344,9 @@ def _listen_advice(number: int | None, port: int) -> str:
                 "README), add CAP_NET_BIND_SERVICE, or choose another --port")
     if number == errno.EADDRINUSE:
         return f"stop what listens there (ss -ltnp sport = :{port}), or choose another --port"
+    if number == errno.EINVAL:
+        return ("an address like fe80::1 needs its zone (fe80::1%eth0); "
+                "one like ::ffff:192.0.2.1 is written 192.0.2.1")
     return "this machine has no such address; --host names those to listen on"
 
 
@@ -3818,13 +3844,15 @@ def check_logs(paths: Sequence[str], follow: bool) -> list[str]:
     return followed
 
 
-def open_to_read(path: str) -> BinaryIO:
-    """Open a log to read it once: `-` is stdin, and .gz is decompressed. Raise OSError."""
-    if path == "-":
-        return open(0, "rb", closefd=False)
-    if path.endswith(".gz"):
-        return io.BufferedReader(gzip.GzipFile(path))
-    return open(path, "rb")
+@contextlib.contextmanager
+def open_to_read(path: str) -> Iterator[BinaryIO]:
+    """Open a log to read it once: `-` is stdin, and gzip is decompressed. Raise OSError."""
+    with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+        if path.endswith(".gz") or file.peek(2).startswith(_GZIP_START):
+            with gzip.GzipFile(fileobj=file) as unpacked:
+                yield io.BufferedReader(unpacked)
+        else:
+            yield file
 
 
 @lru_cache(maxsize=1024)  # the same few pairs stand in every line: each is kept in memory once

@@ -1617,7 +1617,7 @@ def test_a_log_that_is_replaced_while_it_is_opened_is_refused(log, monkeypatch):
     ("pipe", "it is a named pipe"),
     ("device", "it is a device"),
     ("archive", "it is compressed"),
-    ("no folder", "No such file"),
+    ("no folder", "No such file or directory; make its folder first"),
 ])
 def test_what_cannot_be_a_log_is_named_and_refused(log, kind, said):
     make = {
@@ -1630,6 +1630,25 @@ def test_what_cannot_be_a_log_is_named_and_refused(log, kind, said):
     make[kind]()
     with pytest.raises(sw.JournalError, match=said):
         sw.Journal(log / "x" if kind == "no folder" else log)
+
+
+# Each row: a name of the log, and what is said of it; a file "log" is there, and a pipe 1 is.
+@pytest.mark.parametrize(("name", "said"), [
+    ("new/", "Is a directory; name a file"),
+    ("log/", "Not a directory; name a file"),
+    ("/proc/self/fd/1", "it is a named pipe"),
+])
+def test_a_name_that_no_log_can_have_is_refused_at_the_start(tmp_path, name, said):
+    (tmp_path / "log").touch()
+    code, _, err = run("--behind-proxy", "--port", "0", "--log", name, cwd=tmp_path, **OURS)
+    assert code == 2 and f"error: --log {name}: {said}" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+def test_a_log_that_may_not_be_written_says_who_has_to_be_able_to(tmp_path):
+    tmp_path.chmod(0o555)
+    with as_nobody(), pytest.raises(sw.JournalError, match="denied; the user that runs this"):
+        sw.Journal(tmp_path / "log")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() or not shutil.which("mount"),
@@ -3516,6 +3535,7 @@ def test_a_proxy_alone_is_believed_about_the_address(serve, proxied, given, stat
     ("2001:DB8::1", "2001:db8::1"),
     ("[2001:db8::1]", "2001:db8::1"),
     ("[2001:db8::1]:4711", "2001:db8::1"),
+    ("::ffff:203.0.113.9", "203.0.113.9"),
     ("fe80::1%any text", None),
     ("[fe80::1%1]:4711", None),
     ("203.0.113.9:port", None),
@@ -5345,6 +5365,15 @@ def test_a_timeline_reads_compressed_logs_and_stdin(tmp_path):
     assert (done.stdout.decode(), done.stderr) == ("code" + STEPS, b"")
 
 
+@pytest.mark.parametrize("name", ["log.1", "-"])
+def test_a_packed_log_is_read_whatever_its_name_is(tmp_path, name):
+    (tmp_path / "log.1").write_bytes(gzip.compress(b"".join(LINES)))
+    with open(tmp_path / "log.1", "rb") as packed:
+        shown = subprocess.check_output([*PROGRAM, "timeline", name], cwd=tmp_path, stdin=packed,
+                                        env={**CLEAN, "TZ": "UTC"}, stderr=subprocess.STDOUT)
+    assert shown.decode() == "code" + STEPS
+
+
 @pytest.mark.parametrize(("content", "said"), [
     (gzip.compress(b"".join(LINES))[:-60], "ended before"),
     (b"no gzip\n", "Not a gzipped file"),
@@ -5641,6 +5670,11 @@ def test_a_secret_and_the_one_before_can_be_in_files(serve, tmp_path, previous, 
     assert status_of(server, new_event(), secret=b"old", iss=key) == 200
 
 
+def test_what_cannot_be_seen_around_the_view_s_password_is_dropped(serve):
+    server = serve(SKYPE_VIEW_PASSWORD=f"\ufeff{PASSWORD}\n")
+    assert view_status(server) == 200
+
+
 @pytest.mark.parametrize("source", ["environment", "env file", "quoted in env file", "secret file"])
 def test_what_cannot_be_seen_around_key_and_secret_is_dropped(serve, tmp_path, source):
     unseen = "\ufeff\u200b \t{}\u2060\u200d\xa0\r\n"
@@ -5660,8 +5694,10 @@ def test_what_cannot_be_seen_around_key_and_secret_is_dropped(serve, tmp_path, s
 
 # Each row: an odd value of a key, a secret, or of a file with one, and what the warning says.
 @pytest.mark.parametrize(("value", "said"), [
-    ('"hush"', "in quotes"),
-    ("'hush'", "in quotes"),
+    ('"hush"', "a quote"),
+    ("'hush'", "a quote"),
+    ("hush'", "a quote"),
+    ("\u201chush", "a quote"),
     ("hush # rotated", "comment"),
     ("hush\t#", "comment"),
     ("hu\u200bsh", "cannot be seen"),
@@ -5669,7 +5705,7 @@ def test_what_cannot_be_seen_around_key_and_secret_is_dropped(serve, tmp_path, s
     ("hu\xa0sh", "cannot be seen"),
 ], ids=ascii)
 @pytest.mark.parametrize("name", [
-    "SKYPE_API_KEY", "SKYPE_API_SECRET_FILE", "SKYPE_API_KEY_PREVIOUS"])
+    "SKYPE_API_KEY", "SKYPE_API_SECRET_FILE", "SKYPE_API_KEY_PREVIOUS", "SKYPE_VIEW_PASSWORD"])
 def test_an_odd_secret_is_warned_of_without_its_value(in_process, tmp_path, name, value, said):
     changes = {"SKYPE_API_SECRET_PREVIOUS": "x", name: value}
     if name.endswith("_FILE"):
@@ -5689,11 +5725,15 @@ def test_a_comment_behind_a_secret_in_an_env_file_is_warned_of(in_process, tmp_p
     assert "hush" not in told
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-def test_a_dot_env_that_cannot_be_read_is_warned_of(serve, tmp_path, make):
+@pytest.mark.parametrize(("make", "said"), [
+    (os.mkfifo, "it is a named pipe, not a regular file"),
+    (os.mkdir, "it is a folder, not a regular file"),
+    (lambda path: path.write_text("SKYPE_LOG=a", "utf-16"), "it is not text in UTF-8; .*"),
+], ids=["pipe", "folder", "UTF-16"])
+def test_a_dot_env_that_cannot_be_read_is_warned_of(serve, tmp_path, make, said):
     make(tmp_path / ".env")
     server = serve()
-    server.wait_for(r"warning: \.env: it is a .*, not a regular file; none of its settings is used")
+    server.wait_for(rf"warning: \.env: {said}; none of its settings is used")
     assert server.deliver(new_event())[0] == 200
 
 
@@ -5708,7 +5748,7 @@ def test_a_fifo_in_a_settings_file_s_place_holds_up_no_sighup(serve, tmp_path, n
     assert server.deliver(new_event())[0] == 200
 
 
-@pytest.mark.parametrize("host", ["", "*", "::"])
+@pytest.mark.parametrize("host", ["", "*", "::", "[::]", "0:0::0"])
 def test_all_addresses_of_both_families_are_listened_on(serve, host):
     server = serve("--host", host)
     server.wait_for(r"listening on https://\[::\]:\d+/, https://0\.0\.0\.0:\d+/, log ")
@@ -5726,6 +5766,22 @@ def test_a_family_that_is_taken_is_warned_of(serve, taken, left):
     named = f"[{taken}]" if ":" in taken else taken
     assert f"warning: cannot listen on {named}:{port}: Address already in use; " in server.stderr()
     assert f" listening on https://{left}:{port}/, log " in server.stderr()
+
+
+# Each row: a host, and what is said of it.
+@pytest.mark.parametrize(("host", "said"), [
+    ("127.0.0.1:8443", "a port is for --port"),
+    ("fe80::1", "needs its zone"),
+])
+def test_a_host_that_cannot_be_listened_on_says_what_is_wanted(host, said):
+    with pytest.raises(sw.SettingsError, match=said):
+        sw.open_listeners(host, 0)
+
+
+def test_the_brackets_of_an_address_in_a_url_are_taken_off():
+    (listener,) = sw.open_listeners("[::1]", 0)
+    with listener:
+        assert listener.getsockname()[0] == "::1"
 
 
 # Each row: the addresses of a name, and those that are listened on; the others are warned of.
