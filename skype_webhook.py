@@ -3628,6 +3628,8 @@ def deliver_concurrently(
 # --- Fetch: an interview's data, from the service ---
 
 FETCH_BASE = "https://interviews.skype.com/api/interviews"
+# Seconds or an HTTP-date (RFC 9110 section 10.2.3): other text could hold our token.
+_RETRY_AFTER = re.compile(r"[0-9]{1,9}|[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9: ]{13} GMT")
 
 
 def time_left(deadline: float) -> float:
@@ -3667,40 +3669,47 @@ def connect_by(
 class TimedReader(io.RawIOBase):
     """What a peer sends until a deadline: the time left is the timeout of each read.
 
-    So a peer that drips bytes is not waited for any longer than one that sends none.
+    So a peer that drips bytes is not waited for any longer than one that sends none. More than
+    `limit` bytes are not read, whatever they are said to be: `http.client` takes a chunk of size -1
+    for all that follows.
     """
 
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
+    def __init__(self, sock: socket.socket, deadline: float, limit: int) -> None:
         super().__init__()
         self.sock = sock
         self.deadline = deadline
+        self.left = limit
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         self.sock.settimeout(time_left(self.deadline))
-        return self.sock.recv_into(buffer)
+        received = self.sock.recv_into(buffer)
+        self.left -= received
+        if self.left < 0:
+            raise ValueError("its answer is longer than it may be")
+        return received
 
 
 class TimedAnswer(http.client.HTTPResponse):
-    """The answer to a GET, read until a deadline."""
+    """The answer to a GET, read until a deadline; its framing may be as long as its content."""
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         super().__init__(sock, method="GET")
-        self.fp = io.BufferedReader(TimedReader(sock, deadline))
+        self.fp = io.BufferedReader(TimedReader(sock, deadline, 2 * FETCH_BYTES))
         self.begin()
 
-    def read_whole(self, limit: int) -> bytes:
+    def read_whole(self) -> bytes:
         """Return the content.
 
-        Raise ValueError if it has more than `limit` bytes, IncompleteRead if it was cut off.
+        Raise ValueError if it has more than FETCH_BYTES, IncompleteRead if it was cut off.
         """
         content = bytearray()
         while part := self.read(65_536):
             content += part
-            if len(content) > limit:
-                raise ValueError(f"its answer is longer than {limit} bytes")
+            if len(content) > FETCH_BYTES:
+                raise ValueError(f"its answer is longer than {FETCH_BYTES} bytes")
         if self.length:  # what is missing of the announced length
             raise http.client.IncompleteRead(b"", self.length)
         return bytes(content)
@@ -3713,8 +3722,9 @@ def describe_refusal(answer: http.client.HTTPResponse) -> str:
     """
     status = answer.status
     text = f"{status} {_REASONS.get(status, '')}".rstrip()
-    if retry_after := answer.getheader("Retry-After"):
-        text += f", Retry-After: {retry_after[:40]}"
+    retry_after = answer.getheader("Retry-After", "")
+    if _RETRY_AFTER.fullmatch(retry_after):
+        text += f", Retry-After: {retry_after}"
 
     if 300 <= status < 400:
         return f"{text} (a redirect, which is not followed; is --url right?)"
@@ -3747,7 +3757,7 @@ def fetch_interview(
         answer = TimedAnswer(connection.sock, deadline)
         if answer.status != 200:
             raise ValueError(describe_refusal(answer))
-        content = answer.read_whole(FETCH_BYTES)
+        content = answer.read_whole()
 
     content = content.removeprefix(BYTE_ORDER_MARK)
     try:
@@ -4185,6 +4195,20 @@ def demo(options: argparse.Namespace) -> int:
             print(f"removed {folder}")
 
 
+@contextlib.contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Have SIGTERM do what Ctrl-C does: without a handler, process 1 (a container's) gets none."""
+    if threading.current_thread() is not threading.main_thread():  # others may not set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@sigterm_as_ctrl_c()
 def send(options: argparse.Namespace) -> int:
     """Sign and deliver sample events, or one from a file; return 0 if all were taken."""
     credential = load_credential(options)
@@ -4215,6 +4239,7 @@ def send(options: argparse.Namespace) -> int:
     return 0 if len(tally.taken) == options.count else 1
 
 
+@sigterm_as_ctrl_c()
 def fetch(options: argparse.Namespace) -> int:
     """Print the data of each interview, a line each; return 0 if all of it could be had."""
     base = split_url(options.url)
@@ -4230,7 +4255,7 @@ def fetch(options: argparse.Namespace) -> int:
             under_way = code
             try:
                 line = fetch_interview(code, base, credential, context)
-            except (OSError, ValueError, http.client.HTTPException) as error:
+            except (OSError, ValueError, MemoryError, http.client.HTTPException) as error:
                 say(f"error: {code}: {describe_failure(error)}")
                 failed += 1
             else:
@@ -4279,19 +4304,6 @@ def show_changes(rows: list[Row], new: Sequence[Row], as_objects: bool) -> None:
         rows += new
         changed = {row.interview for row in new}
         show_courses([row for row in rows if row.interview in changed], as_objects)
-
-
-@contextlib.contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
-    """Have SIGTERM do what Ctrl-C does: without a handler, process 1 (a container's) gets none."""
-    if threading.current_thread() is not threading.main_thread():  # others may not set handlers
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @sigterm_as_ctrl_c()

@@ -4986,7 +4986,9 @@ NOT_JSON = "200, but its content is not JSON"
     (echo, "401 Unauthorized (are key and secret right, and this machine's clock?)"),
     (reply(404), "404 Not Found (is the code right? New data can be 30 s late)"),
     (reply(429, Retry_After=7), "429 Too Many Requests, Retry-After: 7"),
-    (reply(503, Retry_After="\x1b[2J"), "503 Service Unavailable, Retry-After: \\x1b[2J"),
+    (reply(503, Retry_After="eyJ"), "503 Service Unavailable"),
+    (reply(503, Retry_After="Fri, 27 Nov 2026 08:00:00 GMT"),
+     "503 Service Unavailable, Retry-After: Fri, 27 Nov 2026 08:00:00 GMT"),
     (reply(500, b"{}"), "500 Internal Server Error"),
     (reply(299, b"{}"), "299"),
     (reply(200), "200, but its content is empty"),
@@ -5007,6 +5009,26 @@ def test_what_fails_is_said_and_the_others_are_fetched(service, fetch, answer, s
     service.has("c", reply(200, b"[2]"))
     assert fetch("a", "b", "c") == (1, "[1]\n[2]\n", f"error: b: {said}\n")
     assert len(service.asked) == 3
+
+
+def test_a_chunk_of_a_negative_size_is_not_read_for_ever(service, fetch):
+    sent = []
+
+    def answer(handler):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n")
+        for _ in range(400):
+            sent.append(handler.wfile.write(bytes(10**6)))
+
+    service.has("a", answer)
+    service.has("b", reply(200, b"{}"))
+    code, out, err = fetch("a", "b")
+    assert (code, out, err.count("\n")) == (1, "{}\n", 1)
+    assert len(sent) < 200  # the limit is 64 MiB, and as much again of framing
+
+
+def test_an_answer_that_memory_does_not_hold_leaves_the_others(in_process, monkeypatch):
+    monkeypatch.setattr(sw, "fetch_interview", unittest.mock.Mock(side_effect=[MemoryError, b"{}"]))
+    assert in_process("fetch", "a", "b") == (1, "{}\n", "error: a: MemoryError\n")
 
 
 @pytest.mark.parametrize("answer", [
@@ -5130,11 +5152,12 @@ def test_ctrl_c_ends_the_wait_for_codes(service, fetching, codes, status):
     assert fetching.ended(signal.SIGINT)[:2] == (status, "{}\n")
 
 
-def test_ctrl_c_while_data_is_on_its_way_ends_with_1(service, fetching):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_data_is_on_its_way_ends_with_1(service, fetching, number):
     service.has("a", lambda handler: handler.server.over.wait())
     fetching.is_told(b"a\n")
     assert until(lambda: service.asked)
-    assert fetching.ended(signal.SIGINT) == (1, "", "error: a: interrupted\n")
+    assert fetching.ended(number) == (1, "", "error: a: interrupted\n")
 
 
 def test_no_client_leaves_a_socket_or_file_open(demo, fetching, service):
