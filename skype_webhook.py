@@ -2826,7 +2826,6 @@ X509_WRONG_HOST = (62, 64)  # a name, an address
 def _warn_if_refused(context: ssl.SSLContext, cert: str) -> None:
     """Warn if even a peer that trusts this very certificate refuses it for its time."""
     peer = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    peer.check_hostname = False
     peer.verify_flags |= 0x80000  # X509_V_FLAG_PARTIAL_CHAIN; it has a name in `ssl` from 3.10
     up = ssl.MemoryBIO()
     down = ssl.MemoryBIO()

@@ -2712,6 +2712,11 @@ def test_pipelined_answers_do_not_wait_for_each_other(shared):
     assert sorted(pauses)[20] < 0.03  # with Nagle, 40 ms
 
 
+def test_no_session_ticket_is_made(shared):
+    with Peer(shared.port) as peer:
+        assert peer.ask(HEALTH) == 200 and not peer.socket.session.has_ticket
+
+
 def test_a_closure_alert_is_answered_by_one_at_once(shared):
     with Peer(shared.port) as peer:
         assert peer.ask(HEALTH) == 200
@@ -2884,6 +2889,15 @@ def storing(server, seconds):
         yield peer
 
 
+def test_a_newcomer_at_a_stop_waits_for_nobody_who_stores(serve):
+    server = serve("--max-connections", "1")
+    with storing(server, 8) as sender, connect(server, 1)[0] as newcomer:
+        server.process.terminate()
+        newcomer.settimeout(5)
+        assert newcomer.recv(1) == b""
+        assert sender.answer()[0] == 200
+
+
 def test_a_flood_evicts_its_oldest_but_nobody_who_stores(serve):
     server = serve("--max-connections", "4", "--request-timeout", "60")
     flood = []
@@ -3014,6 +3028,16 @@ def test_refusals_are_told_a_hundred_times_a_second(serve):
     untold = re.findall("Z ([0-9]+) more refused", server.stderr())
     assert untold and len(told) + sum(map(int, untold)) == 1000
     assert max(map(told.count, told)) <= 100
+
+
+def test_each_second_has_its_own_share_of_refusals(capfd, monkeypatch):
+    reporter = sw.Reporter()
+    for second in (1, 2, 3):
+        monkeypatch.setattr(sw.time, "time", unittest.mock.Mock(return_value=float(second)))
+        for _ in range(sw.REFUSALS_TOLD + second):
+            reporter.tell("x", "refused")
+    reporter.flush()
+    assert re.findall("Z ([0-9]+) more refused", capfd.readouterr().err) == ["1", "2", "3"]
 
 
 def test_how_many_lines_nobody_took_is_told_to_the_next_reader(capfd, monkeypatch):
@@ -3437,6 +3461,7 @@ def test_sighup_reads_the_settings_again_if_all_are_right(serve, tmp_path):
     write_env(env, SKYPE_API_SECRET="newest", SKYPE_LEEWAY="x")
     server.hang_up("the old settings stay")
     assert server.deliver(new_event())[0] == 200
+    assert server.stderr().count("read again") == 1
 
 
 def test_sighup_takes_a_new_secret_beside_what_needs_a_restart(serve, tmp_path):
@@ -4982,6 +5007,7 @@ NOT_JSON = "200, but its content is not JSON"
 # Each row: what is answered for one of three codes, and what is said of it.
 @pytest.mark.parametrize(("answer", "said"), [
     (reply(302, Location="a"), "302 Found (a redirect, which is not followed; is --url right?)"),
+    (reply(300), "300 Multiple Choices (a redirect, which is not followed; is --url right?)"),
     (reply(400), "400 Bad Request"),
     (echo, "401 Unauthorized (are key and secret right, and this machine's clock?)"),
     (reply(404), "404 Not Found (is the code right? New data can be 30 s late)"),
@@ -5047,6 +5073,19 @@ def test_an_answer_that_does_not_end_in_time_is_given_up(
     begun = time.monotonic()
     assert in_process(*words) == (1, "{}\n", "error: slow: no whole answer within 1 s\n")
     assert 1 <= time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize(("url", "port"), [
+    ("https://x/", 443),
+    ("http://x/", 80),
+    ("http://x:8080/", 8080),
+])
+def test_a_url_without_a_port_has_that_of_its_scheme(monkeypatch, url, port):
+    asked = unittest.mock.Mock(side_effect=OSError)
+    monkeypatch.setattr(socket, "getaddrinfo", asked)
+    with pytest.raises(OSError):
+        sw.connect_by(time.monotonic() + 1, sw.split_url(url), None)
+    assert asked.call_args[0] == ("x", port)
 
 
 def test_a_deadline_that_is_over_leaves_no_time():
@@ -5568,10 +5607,10 @@ WRONG_STARTS = [
     (["--cert", "empty"], {}, "no PEM certificate"),
     (["--cert", "fifo"], {}, "--cert fifo: it is a named pipe, not a regular file"),
     (["--key", "fifo"], {}, "--key fifo: it is a named pipe, not a regular file"),
-    (["--port", "65536"], {}, "--port"),
+    (["--port", "65536"], {}, "--port: '65536' is not a whole number from 0 to 65535"),
     (["--port", "8_0"], {}, "--port"),
     (["--port", "\u0663"], {}, "--port"),
-    (["--leeway", "-1"], {}, "--leeway"),
+    (["--leeway", "-1"], {}, "--leeway: '-1' is not a number from 0 to 3600"),
     (["--max-body", "0"], {}, "--max-body"),
     (["--max-body", "16777217"], {}, "from 1 to 16777216"),
     (["--max-connections", "x"], {}, "--max-connections"),
@@ -5656,7 +5695,7 @@ def test_a_second_receiver_on_the_same_log_is_refused(serve, in_process):
 def test_a_port_that_is_taken_is_named_and_refused(serve, in_process):
     port = str(serve().port)
     code, _, err = in_process("--behind-proxy", "--log", "other.jsonl", "--port", port)
-    assert code == 2 and f":{port}: Address already in use" in err
+    assert code == 2 and f":{port}: Address already in use; stop what listens there" in err
 
 
 # Each row: the env file, the environment and a flag, and the path that is served.
