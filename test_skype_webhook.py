@@ -1645,7 +1645,7 @@ def test_a_name_that_no_log_can_have_is_refused_at_the_start(tmp_path, name, sai
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
-def test_a_log_that_may_not_be_written_says_who_has_to_be_able_to(tmp_path):
+def test_a_log_that_may_not_be_written_says_who_has_to(tmp_path):
     tmp_path.chmod(0o555)
     with as_nobody(), pytest.raises(sw.JournalError, match="denied; the user that runs this"):
         sw.Journal(tmp_path / "log")
@@ -2240,6 +2240,7 @@ REQUEST_LINES = [
         "http://x/ ", "HTTPS://x ", "http://x?a=/b ", "http://y:1/ ", "/?a=b?c ",
         "/?" + "a" * 8190 + " "]),
     *swaps("/ ", 414, ["/?" + "a" * 8191 + " ", "/" + "a" * 20_000 + " "]),
+    ("/ HTTP/1.1", "/" + "a" * 8192, 414),
     *swaps("/ ", 404, ["ftp://x/ ", "// ", "/. ", "/%2f ", "/\\ ", "/#a "]),
     ("POST /", "OPTIONS *", 404),
     *swaps("/ ", 400, [
@@ -2564,6 +2565,10 @@ def test_other_methods_and_paths_are_refused(shared, method, target, status, all
         answer = peer.answer(with_content=method != "HEAD")
         assert (answer[0], answer[1].get("allow")) == (status, allow)
         assert peer.ask(HEALTH) == 200
+
+
+def test_a_line_that_is_no_field_is_named_by_its_number(shared):
+    assert b"header line 2 is not a field" in get(shared, "/healthz", "no field")[2]
 
 
 def test_a_refused_sender_of_a_large_body_reads_its_answer(shared):
@@ -3056,6 +3061,10 @@ def test_how_many_lines_nobody_took_is_told_to_the_next_reader(capfd, monkeypatc
         reporter.flush()
     said = [line[25:] for line in capfd.readouterr().err.splitlines()]
     assert said == ["3 lines before this one were lost: nobody read stderr", "one", "two"]
+
+
+def test_a_fault_without_a_place_is_told_by_its_kind_alone():
+    assert sw.describe_fault(ValueError("hush")) == "fault ValueError: please report it"
 
 
 def test_a_fault_of_the_reporter_costs_one_line(capfd):
@@ -3689,20 +3698,25 @@ def hushed_requests(body, tokens):
     ]
 
 
+def answers_to(server, requests):
+    """Return all that the answers to some requests show, but for the page's text."""
+    shown = b""
+    for request in requests:
+        with Peer(server.port) as peer:
+            peer.send(request)
+            status, fields, content = peer.answer()
+        is_page = "html" in fields["content-type"]
+        shown += repr((status, fields)).encode() + (b"" if is_page else content)
+    return shown
+
+
 def test_no_secret_token_or_unchecked_text_is_shown_anywhere(serve):
     server = serve(SKYPE_VIEW_PASSWORD="hush-password")
     body = new_event()
     tokens = hushed_tokens(body)
     requests = hushed_requests(body, tokens)
-
     shown = pathlib.Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
-    for request in requests:
-        with Peer(server.port) as peer:
-            peer.send(request)
-            status, fields, content = peer.answer()
-        shown += repr((status, fields)).encode()
-        if "html" not in fields["content-type"]:
-            shown += content
+    shown += answers_to(server, requests)
     assert server.stop() == 0
 
     told = server.errors.read_bytes()
@@ -5732,7 +5746,7 @@ def test_a_secret_and_the_one_before_can_be_in_files(serve, tmp_path, previous, 
     assert status_of(server, new_event(), secret=b"old", iss=key) == 200
 
 
-def test_what_cannot_be_seen_around_the_view_s_password_is_dropped(serve):
+def test_what_is_unseen_around_the_view_s_password_is_dropped(serve):
     server = serve(SKYPE_VIEW_PASSWORD=f"\ufeff{PASSWORD}\n")
     assert view_status(server) == 200
 
