@@ -3801,7 +3801,7 @@ StagePair = tuple[str, str]  # the names of previousStage and currentStage, "" w
 
 
 class Row(NamedTuple):
-    """An event in a log. Rows sort into courses by themselves; a million of them take 300 MiB."""
+    """An event in a log. Rows sort into courses by themselves; a million take 330 MiB."""
 
     interview: str
     time: int       # in ticks since 1970
