@@ -14,7 +14,7 @@ back once:
       thread          Receiver: the deadline runs; TLS handshake
       head            Handler: strict framing, bounded; then the token (checks 1 to 3)
       body            Handler: read only now; then check 4
-      pure            parse_event -> format_line            or Rejected -> 4xx, from all above
+      pure            parse_event -> format_line            or Rejected -> 4xx, 5xx
       disk            Journal.append: returns when durable  or JournalError -> 503
       answer          200; nothing answers 2xx before this line
 
@@ -112,7 +112,7 @@ LARGE_BODY = 32 * 1024        # bytes; larger ones are parsed one at a time. An 
 RECENT_IDS = 65_536           # ids remembered: 5,400 a second for the 12 s of a token (with leeway)
 RECENT_BYTES = 64 * 2**20     # bytes read back at start, whatever the size of the log
 READ_BACK = 2**20             # bytes of those read at once
-BACKLOG_BYTES = 32 * 2**20    # bytes that wait for a stalled disk; a batch is below RECENT_BYTES
+BACKLOG_BYTES = 32 * 2**20    # bytes that wait for a stalled disk; RECENT_BYTES hold them all
 STORE_SECONDS = 20.0          # the sender waits 30 s for its answer
 ANSWER_SECONDS = 28.0         # from a request's first byte; a slow body leaves the disk less
 CHECK_SECONDS = 2.0           # a load balancer gives its check less time than a sender its event
@@ -120,7 +120,7 @@ CHECK_SECONDS = 2.0           # a load balancer gives its check less time than a
 # Of a connection.
 READ_SIZE = 4 * 1024          # bytes a read, and a connection's buffer; a delivery has about 1,000
 IDLE_SECONDS = 150.0          # of a proven sender; clients and proxies keep connections up to 120
-FRUITLESS_ANSWERS = 8         # in a row without an event; one that gets more holds up the others
+FRUITLESS_ANSWERS = 8         # in a row without an event; a peer that gets more slows all others
 KEY_UPDATE_BYTES = 8 * 27     # eight key updates of TLS 1.3, as AES-GCM and ChaCha20 send them
 DRAIN_SECONDS = 3.0           # how long a refused peer may go on sending before it is cut off
 DRAIN_BYTES = 8 * 2**20       # and how much
@@ -132,7 +132,7 @@ SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # an evic
 PEERS_ERRORS = {errno.ECONNABORTED, errno.ECONNRESET, errno.EPROTO, errno.EHOSTUNREACH,
                 errno.ENETUNREACH, errno.ENETDOWN, errno.ETIMEDOUT}  # accept(2): it has left again
 ACCEPT_PAUSE = 0.1            # seconds after an error of accept against which no eviction helps
-LEAVE_SECONDS = 0.1           # in which an evicted connection has mostly left
+LEAVE_SECONDS = 0.1           # that an evicted connection takes to leave, mostly
 LOOK_SECONDS = 2.0            # between two looks at the certificate's files
 STOP_SECONDS = 10.0           # for answers after SIGTERM; the exit is due within 15 s
 STOP_GRACE = 1.0              # the part of it in which senders may finish what they have begun
@@ -152,8 +152,8 @@ VIEW_BYTES = 2**20            # of the log that a new viewer gets: some 1,600 ev
 VIEW_PAUSE = 0.2              # seconds between two looks of a viewer, however many events come
 HEARTBEAT_SECONDS = 15.0      # between two on an event stream; proxies close a silent one after 60
 WRONG_PASSWORDS = 30          # a minute from one network; more are not even looked at
-WRONG_PASSWORDS_IN_ALL = 1_000  # a minute from all networks that the right one has not come from
-KNOWN_NETWORKS = 1_000        # that the right one has come from
+WRONG_PASSWORDS_IN_ALL = 1_000  # a minute from all; then only known networks may go on
+KNOWN_NETWORKS = 1_000        # those that the right one has come from
 
 # Of send and fetch.
 SEND_SECONDS = 30.0           # a step of a delivery: the service waits as long
@@ -301,7 +301,7 @@ class Reporter:
                 write_stderr([format_report(time.time(), f"reporter {describe_fault(fault)}")])
 
     def _next_entries(self) -> list[ReportEntry]:
-        """Return what is queued; nothing when the count of untold refusals may be due."""
+        """Return what is queued; nothing after a second without lines, for the untold refusals."""
         try:
             first = self._queue.get(timeout=1.0 if self._refusals > REFUSALS_TOLD else None)
         except queue.Empty:
@@ -408,8 +408,8 @@ def _url_path(text: str) -> str:
 class Settings:
     """All settings with their defaults.
 
-    To add one: a field here, a line in OPTIONS, in the README and in example.env; a line in FIXED
-    if it needs a restart, in SECRETS if it may be in a file.
+    To add one: a field here, a line in OPTIONS, in the README and in example.env; its name in FIXED
+    if it needs a restart, in SECRETS if it may be in a file, in PASTED if people copy its value.
     """
 
     api_key: str = ""
@@ -716,7 +716,8 @@ def _is_deep(data: bytes, limit: int) -> bool:
     """
     unescaped = data.replace(rb"\\", b"").replace(rb'\"', b"")
     steps = unescaped.translate(_STEPS, _NO_STEPS)
-    steps = steps.replace(b'""', b"")  # or the seam of two strings, which does no harm
+    # Strings that hold no bracket; where two strings meet, they become one, which is right, too.
+    steps = steps.replace(b'""', b"")
     outside = b"".join(steps.split(b'"')[::2])
 
     levels = itertools.accumulate(memoryview(outside).cast("b"))
@@ -923,8 +924,8 @@ def sign(body: bytes | None, credential: Credential, now: float) -> str:
 
 SOURCE = "https://interviews.skype.com"
 
-# A new one needs a sign in the page, too (SIGNS); one that ends in another way than these, a
-# colour in `_COLOURS` and in the page's styles.
+# A stage's name is a phase and an outcome (Interview, Started). A new outcome wants a sign in the
+# page (SIGNS), and a colour in `_COLOURS`; a new phase wants a hue in the page's styles.
 STAGES = {
     "InterviewCreated": "a recruiter created the interview",
     "InterviewCanceled": "the recruiter canceled the interview",
@@ -1361,9 +1362,9 @@ class LogFile:
     It is not truncated, for then `tail -F` would print the whole file again; and without the
     newline, `tail -F` would show it and the next event as one line.
 
-    `known_size` is the size in bytes at which we left the file; None before the first write, and
-    once a write or a sync failed. Where the file has another size, it is sealed before the next
-    event (see `Journal._file_at_path`).
+    `known_size` is the size in bytes at which we left the file with all its lines whole; None
+    before that, and when a failed batch has left something. Where the file has another size, it is
+    sealed before the next event (see `Journal._file_at_path`).
     """
 
     def __init__(self, path: str, warn: Callable[[str], None]) -> None:
@@ -1483,7 +1484,7 @@ class LogFile:
         Raise JournalError if it is not ours, OSError or SyncFailed.
         """
         found = self.read_back(RECENT_IDS)
-        _sync(self._appender.fileno())  # whoever wrote and made it may not have done so
+        _sync(self._appender.fileno())  # whoever wrote it may not have synced it
         is_named = _sync_folder(self._folder)
         if not self._is_locked:
             self.warn(f"warning: {self.path}: this file system cannot lock: "
@@ -1519,7 +1520,7 @@ class LogFile:
                     self.seal()  # what cannot be done now is done before the next batch
             raise
         self.known_size = self._appender.tell()
-        self._has_event = self._has_event or _is_event(lines)
+        self._has_event = self._has_event or any(map(_is_event, lines.split(b"\n")))
 
     def _ends_of_parts(self, lines: bytes) -> list[int]:
         """Return where the parts of a batch end that are made durable one after another.
@@ -1576,7 +1577,7 @@ class LogFile:
         for step in steps:
             try:
                 self._overwrite(*step)
-            except SyncFailed as error:  # the process has to end, but leaves no refused event
+            except SyncFailed as error:  # the process has to end; but first the event is blanked
                 failed = error
         if failed:
             raise failed
@@ -1870,7 +1871,7 @@ class Journal:
 
 # --- One connection: its socket, its answers, and the handler of its requests ---
 
-_REASONS = http.client.responses
+_PHRASES = http.client.responses
 
 
 class ConnectionEnded(Exception):
@@ -1902,7 +1903,7 @@ def format_head(status: int, length: int | None, media_type: str,
                 fields: Sequence[tuple[str, str]]) -> bytes:
     """Return the head of an answer; where `length` is None, the connection ends the content."""
     lines = [
-        f"HTTP/1.1 {status} {_REASONS[status]}",
+        f"HTTP/1.1 {status} {_PHRASES[status]}",
         "Server: skype_webhook",
         f"Date: {_http_date(int(time.time()))}",
         f"Content-Type: {media_type}",
@@ -1948,7 +1949,7 @@ class Connection:
     Only the connection's own thread reads and writes. It keeps the deadline itself: the time left
     is the timeout of its next read, so a peer that sends a byte a second gains nothing by it.
 
-    Other threads set `interruption`, and `Receiver.protect` sets `storing`, under
+    Other threads set `interruption`, and its own sets `storing` (`Receiver.protect`), both under
     `Receiver.changed`: so a connection is never evicted while its event is being stored. Its own
     thread reads `interruption` and clears `storing` without the lock: seen late, neither harms.
     """
@@ -1976,7 +1977,6 @@ class Connection:
         """Give the peer so many seconds from now, for whatever it is waited for."""
         self.since = time.monotonic()
         self.deadline = self.since + seconds
-        self.storing = False  # it was answered
 
     def interrupt(self, ending: type[ConnectionEnded]) -> None:
         """Have the connection's thread raise `ending`, from another thread.
@@ -2005,7 +2005,7 @@ class Connection:
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
         self._advance(self.tls.do_handshake)
         if not self.incoming.pending:
-            self.acknowledge()  # no TLS data of ours follows that would carry the ACK (no tickets)
+            self.acknowledge()  # without tickets, we send nothing now that would carry the ACK
         self.tls_allowance = KEY_UPDATE_BYTES
         return None
 
@@ -2235,6 +2235,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             answer = Rejected(500, "the receiver has a fault; send it again")
             self.refuse(answer, describe_fault(fault))
 
+        self.connection.storing = False
         self.clock_runs = False
         self.connection.restart_clock(idle_seconds(self.server.settings, self.connection.proven))
 
@@ -2340,8 +2341,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_until(self, delimiter: bytes, limit: int) -> str | None:
         """Return what comes before `delimiter`, as Latin-1; None if it is longer than `limit`.
 
-        Both are taken from the buffer; `limit` is in bytes. Raise Rejected for a bare CR or LF, or
-        a NUL, as soon as it is there.
+        Both are taken from the buffer; `limit` is in bytes. While it waits, it raises Rejected for
+        a bare CR or LF, or a NUL; whoever parses what it returns does so, too.
         """
         scanned = 0
         length = self.buffer.find(delimiter)
@@ -2484,7 +2485,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answer by a problem (RFC 9457), and tell the operator, who alone gets the reason."""
         status = refusal.status
         detail = refusal.detail
-        problem = json.dumps({"title": _REASONS[status], "status": status, "detail": detail})
+        problem = json.dumps({"title": _PHRASES[status], "status": status, "detail": detail})
         self.answer(status, problem.encode(), "application/problem+json", *refusal.fields)
 
         reason = reason or str(refusal.__cause__ or "")
@@ -2536,6 +2537,9 @@ class Tail:
 
     A file whose `mark` changes was truncated (copytruncate), and is read from its start. A file
     without a mark holds no event, and is not read: its mark is still to come.
+
+    It reads what is written, which may not be durable yet: an event that is then refused, since its
+    sync failed, has been seen.
     """
 
     def __init__(self, path: str) -> None:
@@ -2824,7 +2828,7 @@ X509_WRONG_HOST = (62, 64)  # a name, an address
 
 
 def _warn_if_refused(context: ssl.SSLContext, cert: str) -> None:
-    """Warn if even a peer that trusts this very certificate refuses it for its time."""
+    """Warn if even a peer that trusts this very certificate refuses it, mostly for its time."""
     peer = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     peer.verify_flags |= 0x80000  # X509_V_FLAG_PARTIAL_CHAIN; it has a name in `ssl` from 3.10
     up = ssl.MemoryBIO()
@@ -2837,12 +2841,14 @@ def _warn_if_refused(context: ssl.SSLContext, cert: str) -> None:
                 with contextlib.suppress(ssl.SSLWantReadError):
                     end.do_handshake()
     except ssl.SSLCertVerificationError as error:
-        advice = "senders refuse it, so renew it"
-        if error.verify_code == X509_NOT_YET_VALID:
+        advice = "senders refuse it; have another one issued"
+        if error.verify_code == X509_EXPIRED:
+            advice = "senders refuse it, so renew it"
+        elif error.verify_code == X509_NOT_YET_VALID:
             advice = "look at this machine's clock first; if that is right, senders refuse it"
         tell(f"warning: --cert {cert}: {error.verify_message}; {advice}")
     except OSError:
-        pass  # its time is not the reason: senders decide for themselves
+        pass  # it is not the certificate that is refused
 
 
 _NO_PAIR = ("the first certificate in the file (that has to be your own, the chain follows it) "
@@ -2941,16 +2947,18 @@ class Signals:
     """
 
     def __init__(self) -> None:
-        self.stop = False
+        self.stop_asked = False
         self.hangup = False
         self.reader, self._writer = socket.socketpair()
         for end in (self.reader, self._writer):
             end.setblocking(False)
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, Any] = {}  # handlers
+        self._wakeup_before = -1
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
-            signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+            self._wakeup_before = signal.set_wakeup_fd(
+                self._writer.fileno(), warn_on_full_buffer=False)
             for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
                 if hasattr(signal, name):
                     number = getattr(signal, name)
@@ -2961,22 +2969,23 @@ class Signals:
         for number, handler in self._before.items():
             # A program ignores them from here on: they would change its exit code. An importer
             # gets its own handlers back.
-            signal.signal(number, signal.SIG_IGN if __name__ == "__main__" else handler)
+            after = signal.SIG_IGN if __name__ == "__main__" else handler
+            signal.signal(number, after or signal.SIG_DFL)  # None: Python had not set it
         if self._before:
-            signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(self._wakeup_before)
         self.reader.close()
         self._writer.close()
 
     def _note(self, number: int, _frame: object) -> None:
         """Note a signal; SIGUSR1 and SIGUSR2, which rotation scripts send, change nothing."""
         if number in (signal.SIGTERM, signal.SIGINT):
-            self.stop = True
+            self.stop_asked = True
         elif number == getattr(signal, "SIGHUP", None):
             self.hangup = True
 
     def ask_to_stop(self) -> None:
         """Ask for a stop, from any thread."""
-        self.stop = True
+        self.stop_asked = True
         with contextlib.suppress(OSError):  # a full pipe wakes, too
             self._writer.send(b"\0")
 
@@ -2995,9 +3004,9 @@ class Receiver(socketserver.BaseServer):
     being stored never.
 
     `changed` guards `connections`, `viewers`, and the choice of whom to evict (see `Connection`).
-    It is notified when a connection has left. `_counting` guards `counts`. Only the accepting
-    thread has `threads`, `evictions_told` and `next_complaint`, and it alone replaces `settings`,
-    `certificate` and `guesses` (`adopt`); a request reads its settings once.
+    It is notified when a connection has left. `_counting` guards changes of `counts`. Only the
+    accepting thread has `threads`, `evictions_told` and `next_complaint`, and it alone replaces
+    `settings`, `certificate` and `guesses` (`adopt`); a request reads its settings once.
     """
 
     def __init__(self, settings: Settings, journal: Journal, listeners: Sequence[socket.socket],
@@ -3017,7 +3026,7 @@ class Receiver(socketserver.BaseServer):
         self.viewers: set[Connection] = set()
         self.waiting: queue.SimpleQueue[Connection] = queue.SimpleQueue()  # for a thread
         self.threads = 0
-        self.large_body = threading.Lock()
+        self.large_body_lock = threading.Lock()
         self.guesses = Guesses()
 
         self._counting = threading.Lock()
@@ -3038,7 +3047,7 @@ class Receiver(socketserver.BaseServer):
 
     @property
     def stopping(self) -> bool:
-        return self.signals.stop
+        return self.signals.stop_asked
 
     def adopt(self, settings: Settings, certificate: Certificate | None) -> None:
         """Use these settings for new requests, this certificate for new connections."""
@@ -3101,7 +3110,7 @@ class Receiver(socketserver.BaseServer):
         if connection:
             self.waiting.put(connection)
             if not self.add_threads():
-                self.relieve(connection)
+                self.evict_and_wait(connection)
         return True
 
     def admit(self, accepted: socket.socket, address: Any) -> Connection | None:
@@ -3134,11 +3143,11 @@ class Receiver(socketserver.BaseServer):
         if self.is_due("accept"):
             tell(f"cannot accept: {_reason(error)}; {advice}")
         if is_shortage:
-            self.relieve()
+            self.evict_and_wait()
         else:
             time.sleep(ACCEPT_PAUSE)  # the connection stays in the queue, and select would return
 
-    def relieve(self, newcomer: Connection | None = None) -> None:
+    def evict_and_wait(self, newcomer: Connection | None = None) -> None:
         """Evict a connection, but not the newcomer, to free its descriptor and its thread."""
         with self.changed:
             self.evict(newcomer)
@@ -3147,8 +3156,8 @@ class Receiver(socketserver.BaseServer):
     def evict(self, newcomer: Connection | None = None) -> None:
         """Cut the connection that has waited longest for its request, if there is one.
 
-        Those that have delivered a verified event go last; one whose event is being stored is
-        never cut. The caller holds `changed`, and calls this anew after each wait.
+        Those that have delivered a verified event go last. Never cut are viewers, and one whose
+        event is being stored. The caller holds `changed`, and calls this anew after each wait.
         """
         candidates = [each for each in self.connections
                       if each is not newcomer and not each.storing and each.interruption is None]
@@ -3179,9 +3188,9 @@ class Receiver(socketserver.BaseServer):
     def turn_of(self, body: bytes) -> contextlib.AbstractContextManager[object]:
         """Return the context in which a body is parsed and formatted: of large ones, one at a time.
 
-        Eight of the most expensive kind together made everybody wait for 3.5 s; 128 took 757 MiB.
+        Eight at once, of the most expensive kind, delayed all others by 3.5 s; 128 took 757 MiB.
         """
-        return self.large_body if len(body) > LARGE_BODY else contextlib.nullcontext()
+        return self.large_body_lock if len(body) > LARGE_BODY else contextlib.nullcontext()
 
     def tell_evictions(self) -> None:
         """Tell how many connections were evicted since that was told last."""
@@ -3253,7 +3262,11 @@ class Receiver(socketserver.BaseServer):
             return False
         if spoken is None:
             return True
+        self.refuse_plain(connection, spoken)
+        return False
 
+    def refuse_plain(self, connection: Connection, spoken: str) -> None:
+        """Answer a peer that does not speak TLS in plain text, and tell what it speaks."""
         text = b"This port speaks https: use https:// in the URL.\n"
         head = format_head(400, len(text), "text/plain; charset=utf-8", [("Connection", "close")])
         advice = "the URL has to begin with https://"
@@ -3262,7 +3275,6 @@ class Receiver(socketserver.BaseServer):
         self.report("refused", f"{connection.peer} refused 400 {spoken} on the TLS port: {advice}")
         connection.send(head + text, self.settings.request_timeout)
         connection.end(unread=True)
-        return False
 
     # the end
 
@@ -3289,13 +3301,13 @@ class Receiver(socketserver.BaseServer):
             listener.close()
 
     def wait_for_answers(self, grace_deadline: float, deadline: float) -> None:
-        """Let senders finish what they have begun until the one, and answer it until the other."""
+        """Let senders finish until `grace_deadline`, and answer what they sent until `deadline`."""
         with self.changed:
             self.changed.wait_for(self.has_none, grace_deadline - time.monotonic())
             for connection in self.connections:
                 if connection.interruption is None:
                     connection.interrupt(Stopped)
-            for viewer in self.viewers:  # their streams have ended, if they took all that was sent
+            for viewer in self.viewers:  # those that are left do not take what was sent
                 viewer.interrupt(Evicted)
             self.changed.wait_for(self.has_none, deadline - time.monotonic())
 
@@ -3560,7 +3572,7 @@ class Tally:
             self.taken.append(milliseconds)
             self.last = answer
         else:
-            phrase = _REASONS.get(status, "")
+            phrase = _PHRASES.get(status, "")
             self.fail(f"refused: {status} {phrase}: {answer.get('detail', '')}".rstrip())
 
     def fail(self, reason: str) -> None:
@@ -3573,11 +3585,13 @@ class Tally:
 
         Its threads share the interpreter lock: they are at their limit before one processor is.
         """
-        times = sorted(self.taken) or [math.nan]
+        text = f"{len(self.taken)} delivered, {self.refused} refused in {seconds:.2f} s"
+        if not self.taken:
+            return text
+        times = sorted(self.taken)
         p50 = times[len(times) // 2]
         p99 = times[len(times) * 99 // 100]
-        text = (f"{len(self.taken)} delivered, {self.refused} refused in {seconds:.2f} s: "
-                f"{len(self.taken) / seconds:.0f}/s, p50 {p50:.2f} ms, p99 {p99:.2f} ms")
+        text += f": {len(times) / seconds:.0f}/s, p50 {p50:.2f} ms, p99 {p99:.2f} ms"
         if busy > 0.6 * seconds:
             text += "; the sender itself was the limit, the receiver can take more"
         return text
@@ -3720,7 +3734,7 @@ def describe_refusal(answer: http.client.HTTPResponse) -> str:
     Nothing of its text, which could hold our token.
     """
     status = answer.status
-    text = f"{status} {_REASONS.get(status, '')}".rstrip()
+    text = f"{status} {_PHRASES.get(status, '')}".rstrip()
     retry_after = answer.getheader("Retry-After", "")
     if _RETRY_AFTER.fullmatch(retry_after):
         text += f", Retry-After: {retry_after}"
@@ -3823,17 +3837,24 @@ class Step:
     late: bool = False             # it arrived after an event of a later time
 
 
-def check_log(path: str, may_be_missing: bool) -> None:
-    """Raise SettingsError if the file at `path` is no log that can be read."""
+def is_packed(path: str, file: io.BufferedReader) -> bool:
+    """Return whether an open log is compressed by gzip, by its name or by how it begins."""
+    return path.endswith(".gz") or file.peek(2).startswith(_GZIP_START)
+
+
+def check_log(path: str, may_be_missing: bool) -> bool:
+    """Return whether the log at `path` may grow; raise SettingsError if it cannot be read."""
     try:
         kind = file_kind(os.stat(path).st_mode)
         if kind != "a file":
             raise SettingsError(f"{path} is {kind}; name a log, a .gz file, or - for stdin")
-        open(path, "rb").close()
+        with open(path, "rb") as file:
+            return not is_packed(path, file)
     except FileNotFoundError:
         if not may_be_missing:
             advice = "there is no such file; name a log, or set SKYPE_LOG"
             raise SettingsError(f"{path}: {advice}") from None
+        return True
     except PermissionError as error:
         advice = "run this as the user that the receiver runs as"
         raise SettingsError(f"{path}: {_reason(error)}; {advice}") from None
@@ -3845,10 +3866,10 @@ def check_logs(paths: Sequence[str], follow: bool) -> list[str]:
     """Return the logs that can be followed; raise SettingsError for what is no log."""
     followed = []
     for path in paths:
-        grows = follow and path != "-" and not path.endswith(".gz")
-        if path != "-":
-            check_log(path, may_be_missing=grows)
-        if grows:
+        if path == "-":
+            continue
+        grows = check_log(path, may_be_missing=follow and not path.endswith(".gz"))
+        if follow and grows:
             followed.append(path)
     return followed
 
@@ -3857,7 +3878,7 @@ def check_logs(paths: Sequence[str], follow: bool) -> list[str]:
 def open_to_read(path: str) -> Iterator[BinaryIO]:
     """Open a log to read it once: `-` is stdin, and gzip is decompressed. Raise OSError."""
     with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
-        if path.endswith(".gz") or file.peek(2).startswith(_GZIP_START):
+        if is_packed(path, file):
             with gzip.GzipFile(fileobj=file) as unpacked:
                 yield io.BufferedReader(unpacked)
         else:
@@ -4150,7 +4171,7 @@ def serve_demo(folder: str, port: int, signals: Signals) -> int:
     """Serve from a folder, and deliver the documented event to it; return the exit code."""
     cert, key = make_certificate(folder)
     credential = Credential(str(uuid.uuid4()), secrets.token_urlsafe(32).encode())
-    settings = Settings(credential.api_key, credential.api_secret.decode(),
+    settings = Settings(api_key=credential.api_key, api_secret=credential.api_secret.decode(),
                         view_password=secrets.token_urlsafe(16), tls_cert=cert, tls_key=key,
                         host="127.0.0.1", port=port, log=os.path.join(folder, "events.jsonl"))
     env_file = pathlib.Path(folder, ".env")
@@ -4169,7 +4190,7 @@ def serve_demo(folder: str, port: int, signals: Signals) -> int:
             try:
                 show_delivery(f"https://{address}/", credential, folder)
             except (OSError, ValueError, http.client.HTTPException) as error:
-                if not signals.stop:  # by which it was cut off
+                if not signals.stop_asked:  # by which it was cut off
                     tell(f"error: demo: {describe_no_answer(error)}")
                     failed.set()
                     signals.ask_to_stop()
@@ -4333,7 +4354,7 @@ def timeline(options: argparse.Namespace) -> int:
             time.sleep(VIEW_PAUSE)
             show_changes(rows, read_tails(tails, only, skipped), options.json)
     except KeyboardInterrupt:
-        if not options.follow:  # which it ends; all else is not whole then
+        if not options.follow:  # Ctrl-C is how --follow ends; without it, something is missing
             raise
     except BrokenPipeError:  # | head
         drop_stdout()
@@ -4524,7 +4545,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say(f"error: {name}: interrupted")
         return 1
-    except OSError as error:  # a stdout that is full, or closed at its other end
+    except OSError as error:  # mostly a stdout that is full, or closed at its other end
         say(f"error: {name}: {_reason(error)}")
         drop_stdout()
         return 1

@@ -176,13 +176,13 @@ class Peer:
 # --- The receiver's side: processes, and what can be done to them ---
 
 
-def make_certificate(folder):
+def make_certificate(folder, *more):
     """Return the paths of a new P-256 certificate for localhost and of its key."""
     cert = str(folder / "cert.pem")
     key = str(folder / "key.pem")
     words = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
              "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-    words += ["-keyout", key, "-out", cert]
+    words += ["-keyout", key, "-out", cert, *more]
     subprocess.run(["openssl", *words], check=True, capture_output=True)
     return cert, key
 
@@ -3383,6 +3383,13 @@ def test_a_certificate_out_of_its_time_is_served_with_a_warning(serve, tmp_path,
     assert server.deliver(new_event())[0] == 200
 
 
+def test_a_certificate_for_another_purpose_is_warned_of(tmp_path, capfd):
+    sw.load_context(*make_certificate(tmp_path, "-addext", "extendedKeyUsage=clientAuth"))
+    sw.REPORTER.flush()
+    said = capfd.readouterr().err
+    assert re.search("purpose; senders refuse it; have another one issued", said), said
+
+
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory):
     """A folder with an authority, certificates that it has signed, and odd pairs."""
@@ -3441,7 +3448,18 @@ def test_deliveries_whose_lines_are_dropped_are_counted(serve):
     assert not re.search(r"\d recorded \w", server.stderr())
 
 
-def test_a_program_that_calls_main_has_its_signals_back(in_process):
+@pytest.fixture
+def wakeup():
+    """The socket that a program which calls `main` is woken by at a signal, as asyncio is."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    with reader, writer:
+        signal.set_wakeup_fd(writer.fileno())
+        yield writer
+        signal.set_wakeup_fd(-1)
+
+
+def test_a_program_that_calls_main_has_its_signals_back(in_process, wakeup):
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
 
@@ -3453,7 +3471,7 @@ def test_a_program_that_calls_main_has_its_signals_back(in_process):
     assert in_process("--behind-proxy", "--port", "0")[0] == 0
     stopper.join()
     assert [signal.getsignal(number) for number in numbers] == before
-    assert signal.set_wakeup_fd(-1) == -1
+    assert signal.set_wakeup_fd(-1) == wakeup.fileno()
 
 
 def test_sighup_reads_the_settings_again_if_all_are_right(serve, tmp_path):
@@ -4617,6 +4635,13 @@ def test_a_certificate_that_send_distrusts_is_named_by_both(serve, tmp_path):
     server.wait_for("TLS handshake failed: .*--cert the full chain")
 
 
+def test_many_sends_of_which_none_arrives_have_no_latency(tmp_path):
+    words = ("--insecure", "--count", 9, "--concurrency", 2)
+    code, out, err = sent_to(free_port(), *words, cwd=tmp_path)
+    assert code == 1 and "is the receiver running there?" in err
+    assert re.fullmatch(r"0 delivered, 2 refused in [0-9.]+ s\n", out)
+
+
 def test_a_refused_send_says_why_and_ends_with_1(serve, tmp_path):
     port = serve().port
     code, out, err = sent_to(port, "--insecure", cwd=tmp_path, SKYPE_API_SECRET="other")
@@ -5439,6 +5464,13 @@ def test_a_timeline_reads_compressed_logs_and_stdin(tmp_path):
                           env={**CLEAN, "TZ": "UTC"}, input=b"".join(LINES[2:]),
                           capture_output=True, check=True)
     assert (done.stdout.decode(), done.stderr) == ("code" + STEPS, b"")
+
+
+def test_a_packed_log_that_is_followed_is_read_once(tmp_path):
+    (tmp_path / "log.1").write_bytes(gzip.compress(b"".join(LINES)))
+    words = [*PROGRAM, "timeline", "--follow", "log.1"]
+    shown = subprocess.check_output(words, cwd=tmp_path, env={**CLEAN, "TZ": "UTC"}, timeout=30)
+    assert shown.decode() == "code" + STEPS
 
 
 @pytest.mark.parametrize("name", ["log.1", "-"])
