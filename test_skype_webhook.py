@@ -2884,6 +2884,14 @@ def test_the_longest_waiting_connection_makes_room(serve):
         peer.close()
 
 
+def test_of_senders_that_have_delivered_the_longest_waiting_goes(serve):
+    server = serve("--max-connections", "2")
+    with Peer(server.port) as first, Peer(server.port) as second:
+        assert [peer.ask(post(new_event())) for peer in (first, second)] == [200, 200]
+        assert server.deliver(new_event())[0] == 200
+        assert first.answer()[0] == 0 and second.ask(post(new_event())) == 200
+
+
 @contextlib.contextmanager
 def storing(server, seconds):
     """Yield a peer whose event is being stored: the next sync takes so many seconds."""
