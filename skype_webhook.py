@@ -2830,6 +2830,7 @@ X509_WRONG_HOST = (62, 64)  # a name, an address
 def _warn_if_refused(context: ssl.SSLContext, cert: str) -> None:
     """Warn if even a peer that trusts this very certificate refuses it, mostly for its time."""
     peer = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    peer.check_hostname = False  # it names none, which is an error from 3.14 on
     peer.verify_flags |= 0x80000  # X509_V_FLAG_PARTIAL_CHAIN; it has a name in `ssl` from 3.10
     up = ssl.MemoryBIO()
     down = ssl.MemoryBIO()
