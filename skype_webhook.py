@@ -1171,10 +1171,12 @@ def _body_length(fields: dict[str, str], minor: int) -> int | None:
         if coding.lower() != "chunked":
             raise Rejected(501, "the only transfer coding known here is one chunked")
         return CHUNKED
+
     if length is None:
         return None
     if not (length.isascii() and length.isdigit()):  # int() would take 1_0 and +5
         raise Rejected(400, "Content-Length is not one decimal number")
+
     digits = length.lstrip("0") or "0"
     if len(digits) > 15:  # int() raises on very many digits
         return 10**15  # more than any cap
@@ -1187,17 +1189,21 @@ def _parse_request_line(line: str) -> tuple[str, str, str, int]:
     words = line.split(" ")
     if len(words) > 1 and len(words[1]) > TARGET_LIMIT:
         raise Rejected(414, f"the request target is longer than {TARGET_LIMIT} bytes")
+
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
         raise Rejected(400, "the request line is not METHOD SP target SP HTTP/1.1 "
                             "(RFC 9112 section 3)")
+
     method, target, major, minor = match.groups()
     if major != "1":
         raise Rejected(505 if major >= "2" else 400, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+
     absolute = _ABSOLUTE.match(target)
     if not (absolute or target.startswith("/") or (method, target) == ("OPTIONS", "*")):
         raise Rejected(400, "the request target is neither a path nor an absolute URL "
                             "(RFC 9112 section 3.2)")
+
     path, _, query = _HTTP_ORIGIN.sub("", target).partition("?")
     return method, path or "/", query, int(minor)
 
@@ -1422,6 +1428,7 @@ class LogFile:
         parts: list[bytes] = []  # of the line whose beginning is not read yet, the last part first
         newline_seen = False
         start = size
+
         while start > limit:
             end = start
             start = max(limit, end - READ_BACK)
@@ -1433,6 +1440,7 @@ class LogFile:
                 yield from reversed(others)
                 parts.clear()
             parts.append(first)
+
         if limit == 0:
             yield b"".join(reversed(parts))
         elif not newline_seen:
@@ -1486,6 +1494,7 @@ class LogFile:
         found = self.read_back(RECENT_IDS)
         _sync(self._appender.fileno())  # whoever wrote it may not have synced it
         is_named = _sync_folder(self._folder)
+
         if not self._is_locked:
             self.warn(f"warning: {self.path}: this file system cannot lock: "
                       "nothing keeps a second receiver off this log; do not start one")
@@ -1519,6 +1528,7 @@ class LogFile:
                 with contextlib.suppress(OSError, JournalError):
                     self.seal()  # what cannot be done now is done before the next batch
             raise
+
         self.known_size = self._appender.tell()
         self._has_event = self._has_event or any(map(_is_event, lines.split(b"\n")))
 
@@ -1573,6 +1583,7 @@ class LogFile:
             (start, content[:first], b"\0"),
             (start, bytes(len(content)), b" "),
         )
+
         failed: SyncFailed | None = None
         for step in steps:
             try:
@@ -1665,6 +1676,7 @@ class Journal:
         self._failing: str | None = None  # why the last batch failed, or was late
         self.fatal: str | None = None
         self._closing = False
+
         try:
             self._start()
         except OSError as error:
@@ -1672,6 +1684,7 @@ class Journal:
             raise JournalError(f"{_reason(error)}{advice}") from None
         except SyncFailed as error:
             raise JournalError(str(error)) from None
+
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
@@ -1693,11 +1706,13 @@ class Journal:
             is_first = entry is None
             if entry is None:
                 entry = self._enqueue(event_id, line)
+
         if not entry.wait(seconds):
             late = f"the disk did not take it within {seconds:.3g} s"
             with self._lock:
                 self._failing = late
             raise JournalError(late)
+
         if entry.error is not None:
             raise JournalError(entry.error)
         return is_first
@@ -2269,11 +2284,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Rejected(400, NO_PROXY_PROTOCOL)
         # Some senders end a body with an empty line (RFC 9112 section 2.2).
         self.buffer = self.buffer.removeprefix(b"\r\n")
+
         text = self.read_until(b"\r\n\r\n", HEAD_LIMIT - 4)
         if text is None:
             # A target that is too long has an answer of its own.
             _parse_request_line(self.buffer.partition(b"\r\n")[0].decode("latin-1"))
             raise Rejected(431, f"the head is longer than {HEAD_LIMIT} bytes")
+
         self.head = parse_head(text)
         self.command = self.head.method
         self.path = self.head.path
@@ -2832,9 +2849,11 @@ def _warn_if_refused(context: ssl.SSLContext, cert: str) -> None:
     peer = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     peer.check_hostname = False  # it names none, which is an error from 3.14 on
     peer.verify_flags |= 0x80000  # X509_V_FLAG_PARTIAL_CHAIN; it has a name in `ssl` from 3.10
+
     up = ssl.MemoryBIO()
     down = ssl.MemoryBIO()
     ends = (peer.wrap_bio(down, up), context.wrap_bio(up, down, server_side=True))
+
     try:
         peer.load_verify_locations(cert)
         for _ in range(3):  # turns: enough for a whole handshake
@@ -3335,14 +3354,17 @@ def _addresses(host: str, port: int) -> dict[tuple[Any, ...], int]:
         ("::", port): socket.AF_INET6,
         ("0.0.0.0", port): socket.AF_INET,
     }
+
     host = host.removeprefix("[").removesuffix("]")
     if host in ("", "*", "::"):
         return both
+
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise SettingsError(f"--host {host}: {_reason(error)}; it has to be an address or a name "
                             "of this machine; a port is for --port") from None
+
     addresses: dict[tuple[Any, ...], int] = {
         address: family for family, _, _, _, address in found
     }
@@ -3380,6 +3402,7 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
             reason = os.strerror(error.errno) if error.errno else str(error)
             failures.append(f"cannot listen on {host_port(address)}: {reason}; "
                             + _listen_advice(error.errno, port))
+
     if not listeners:
         raise SettingsError(failures[-1])
     for failure in failures:
@@ -3849,6 +3872,7 @@ def check_log(path: str, may_be_missing: bool) -> bool:
         kind = file_kind(os.stat(path).st_mode)
         if kind != "a file":
             raise SettingsError(f"{path} is {kind}; name a log, a .gz file, or - for stdin")
+
         with open(path, "rb") as file:
             return not is_packed(path, file)
     except FileNotFoundError:
@@ -3980,6 +4004,7 @@ def as_json(code: str, steps: Sequence[Step]) -> str:
         second = _clock(step.time, timezone.utc)
         if second:
             event["time"] = f"{second}.{step.time % TICKS:07d}Z"
+
         if step.stage:
             event["stage"] = present = step.stage
         if step.previous:
@@ -3990,6 +4015,7 @@ def as_json(code: str, steps: Sequence[Step]) -> str:
             event["gap"] = True
         if step.late:
             event["late"] = True
+
         events.append(event)
     return json.dumps({"interview": code, "stage": present, "events": events})
 
@@ -4132,6 +4158,7 @@ def make_certificate(folder: str) -> tuple[str, str]:
                "-pkeyopt", "ec_paramgen_curve:prime256v1",
                "-nodes", "-days", "7", "-subj", "/CN=localhost",
                "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", cert]
+
     try:
         # In a session of its own: a Ctrl-C is for us, once the certificate is there.
         subprocess.run(command, check=True, capture_output=True, start_new_session=True)
@@ -4536,6 +4563,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     threading.excepthook = tell_thread_fault
     words = list(sys.argv[1:] if argv is None else argv)
     name = words.pop(0) if words and words[0] in COMMANDS else "serve"
+
     try:
         code = run_command(name, words)
         sys.stdout.flush()
